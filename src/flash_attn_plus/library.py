@@ -1,0 +1,215 @@
+"""The operators ``torch.ops.flash_attn_plus.*``: schemas, fakes and dispatch. Imports torch only.
+
+An operator is one row of ``_OPERATORS``. A call runs: vmap (vmap.py) -> Autocast key (autocast.py) -> Autograd
+key (autograd.py) -> device key (here: checks, then the device's module, imported on the first call).
+Fakes and device kernels run the same checks, so a wrong argument is told in the same words under
+``torch.compile``, in ``torch.export``, on the meta device and in eager mode.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, native
+from .schemas import NAMESPACE, SCHEMAS, Variant, Varlen
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def argument_names(name: str) -> tuple[str, ...]:
+    return tuple(argument.name for argument in overload(name)._schema.arguments)
+
+
+_DEFAULTS = {name: tuple(argument.default_value for argument in overload(name)._schema.arguments) for name in SCHEMAS}
+
+
+def bind(name: str, args: tuple) -> tuple:
+    """All arguments of a call: the dispatcher drops trailing ones that equal their defaults."""
+    return args + _DEFAULTS[name][len(args) :]
+
+
+def _attention_parser(name: str) -> Callable:
+    """All arguments -> the tensors, Varlen where there are offsets, Variant, the needs: what checks and kernels take.
+
+    By name and not by place: an option that a later release appends to Variant or Varlen stands behind everything
+    else in the schema.
+    """
+    names = argument_names(name)
+
+    def pick(wanted: Sequence[str]) -> Callable[[tuple], tuple]:
+        return operator.itemgetter(*map(names.index, wanted)) if wanted else lambda args: ()
+
+    needs = [argument for argument in names if argument.startswith("need_")]
+    tensors = [argument for argument in names if argument not in (*Varlen._fields, *Variant._fields, *needs)]
+    pick_tensors, pick_variant, pick_needs = pick(tensors), pick(Variant._fields), pick(needs)
+
+    def parse_dense(*args):
+        return *pick_tensors(args), Variant._make(pick_variant(args)), *pick_needs(args)
+
+    if "cu_seqlens_q" not in names:
+        return parse_dense
+    pick_layout = pick(Varlen._fields)
+
+    def parse_varlen(*args):
+        layout, variant = Varlen._make(pick_layout(args)), Variant._make(pick_variant(args))
+        return *pick_tensors(args), layout, variant, *pick_needs(args)
+
+    return parse_varlen
+
+
+def _parse_unchanged(*args):
+    return args
+
+
+# Fresh results of the right shape, dtype and (contiguous) strides: what the fakes return.
+
+
+def _fwd_results(q, k, v, variant):
+    batch, seqlen_q, heads, _ = q.shape
+    lse = q.new_empty((batch, heads, seqlen_q), dtype=checks.lse_dtype(q))
+    return q.new_empty((batch, seqlen_q, heads, v.shape[3])), lse
+
+
+def _varlen_fwd_results(q, k, v, layout, variant):
+    total, heads, _ = q.shape
+    return q.new_empty((total, heads, v.shape[-1])), q.new_empty((heads, total), dtype=checks.lse_dtype(q))
+
+
+def _gradients(q, k, v, batch, variant, need_dq, need_dkv, need_dbias):
+    """A gradient that does not exist, or is not needed, is an empty tensor."""
+    nothing = functools.partial(q.new_empty, (0,))
+    sink, bias = variant.sink, variant.attn_bias
+    return (
+        q.new_empty(q.shape) if need_dq else nothing(),
+        k.new_empty(k.shape) if need_dkv else nothing(),
+        v.new_empty(v.shape) if need_dkv else nothing(),
+        nothing() if sink is None else q.new_empty((batch, q.shape[-2]), dtype=checks.lse_dtype(q)),
+        bias.new_empty(bias.shape) if need_dbias and has_bias_gradient(bias) else nothing(),
+    )
+
+
+def has_bias_gradient(bias: Tensor | None) -> bool:
+    return bias is not None and bias.is_floating_point()
+
+
+def _bwd_results(dout, q, k, v, out, lse, dlse, variant, *needs):
+    return _gradients(q, k, v, q.shape[0], variant, *needs)
+
+
+def _varlen_bwd_results(dout, q, k, v, out, lse, dlse, layout, variant, *needs):
+    return _gradients(q, k, v, layout.cu_seqlens_q.shape[0] - 1, variant, *needs)
+
+
+def _merge_states_results(out1, lse1, out2, lse2):
+    return (
+        out1.new_empty(out1.shape, dtype=torch.promote_types(out1.dtype, out2.dtype)),
+        lse1.new_empty(lse1.shape, dtype=torch.promote_types(lse1.dtype, lse2.dtype)),
+    )
+
+
+def _combine_results(out_partial, lse_partial, out_dtype):
+    return (
+        out_partial.new_empty(out_partial.shape[1:], dtype=out_dtype or out_partial.dtype),
+        lse_partial.new_empty(lse_partial.shape[1:]),
+    )
+
+
+class _Operator(NamedTuple):
+    parse: Callable
+    check: Callable
+    results: Callable
+    kernel: str  # its name in a device's module
+
+
+_OPERATORS = {
+    "fwd": _Operator(_attention_parser("fwd"), checks.dense, _fwd_results, "forward"),
+    "bwd": _Operator(_attention_parser("bwd"), checks.dense_backward, _bwd_results, "backward"),
+    "varlen_fwd": _Operator(_attention_parser("varlen_fwd"), checks.varlen, _varlen_fwd_results, "varlen_forward"),
+    "varlen_bwd": _Operator(
+        _attention_parser("varlen_bwd"), checks.varlen_backward, _varlen_bwd_results, "varlen_backward"
+    ),
+    "merge_states": _Operator(_parse_unchanged, checks.merge_states, _merge_states_results, "merge_states"),
+    "combine": _Operator(_parse_unchanged, checks.combine, _combine_results, "combine"),
+}
+
+
+def parse(name: str, args: tuple) -> tuple:
+    """All arguments of a call -> the structured arguments of its check and its kernels."""
+    return _OPERATORS[name].parse(*args)
+
+
+# The module that implements the operators under a dispatch key. Any device without kernels of its own runs
+# plain PyTorch in blocks of rows: right everywhere, fast nowhere.
+BACKENDS = {"CPU": "cpu", "CompositeExplicitAutograd": "anywhere"}
+
+
+def _fake(name: str) -> Callable:
+    parse, check, results, _ = _OPERATORS[name]
+
+    def fake(*args):
+        structured = parse(*bind(name, args))
+        check(*structured)
+        return results(*structured)
+
+    return fake
+
+
+def _device_kernel(name: str, module: str) -> Callable:
+    parse, check, _, attribute = _OPERATORS[name]
+
+    @functools.cache
+    def load() -> Callable:
+        return getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
+
+    def kernel(*args):
+        structured = parse(*bind(name, args))
+        check(*structured)
+        return load()(*structured)
+
+    return kernel
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
+    """What the device's module would run for these arguments, and why."""
+    if layout is None:
+        checks.dense(q, k, v, variant)
+    else:
+        checks.varlen(q, k, v, layout, variant)
+    module = BACKENDS.get(q.device.type.upper(), BACKENDS["CompositeExplicitAutograd"])
+    return importlib.import_module(f"{__package__}.{module}").explain(q, k, v, variant, layout)
+
+
+def _register() -> None:
+    for name in _OPERATORS:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _fake(name), lib=_library)
+        for key, module in BACKENDS.items():
+            _library.impl(name, _device_kernel(name, module), key)
+
+    def cpu_forward_fake(q, k, v, softmax_scale, left, right, diagonal):
+        return _fwd_results(q, k, v, Variant())
+
+    torch.library.register_fake(f"{NAMESPACE}::_cpu_forward", cpu_forward_fake, lib=_library)
+    native.load()
+
+    from . import autocast, autograd, flops, vmap  # they call back into overload() and bind()
+
+    autograd.register(_library)
+    autocast.register(_library)
+    vmap.register(_library)
+    flops.register()
+
+
+_register()
