@@ -1,0 +1,212 @@
+"""The operators on a CPU: for each call the fastest of three implementations that computes exactly this.
+
+- **native**: the C++ kernel of csrc/, where the library was built. Forward only.
+- **aten**: PyTorch's own CPU flash kernel (``aten::_scaled_dot_product_flash_attention_for_cpu``). It lines causal
+  masks up at the top left, knows no windows, takes one head_dim for k and v, gives no gradient through the
+  log-sum-exp, and must not be called with an empty sequence.
+- **row blocks**: plain PyTorch (rowblocks.py), for everything else.
+
+``choose_forward`` and ``choose_backward`` decide from shapes, dtypes and options, and say why; ``explain`` prints
+what they say.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, native, rowblocks, states
+from .schemas import Variant, Varlen, band
+
+combine = states.combine
+merge_states = states.merge_states
+
+_aten_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_aten_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Choice(NamedTuple):
+    implementation: str  # "native", "aten" or "row blocks"
+    reason: str
+
+
+def _feature(variant: Variant) -> str | None:
+    """The first option in use that only row blocks compute."""
+    for name in ("softcap", "alibi_slopes", "attn_bias", "sink", "dropout_p"):
+        value = getattr(variant, name)
+        if isinstance(value, Tensor) or value:
+            return name
+    return None
+
+
+def _scale(q: Tensor, variant: Variant) -> float:
+    return q.shape[-1] ** -0.5 if variant.softmax_scale is None else variant.softmax_scale
+
+
+def _why_not_aten(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> str | None:
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if 0 in (q.shape[0], seqlen_q, seqlen_k):
+        return "it must not be called with an empty sequence"
+    if q.shape[3] != v.shape[3]:
+        return "it takes one head_dim for k and v"
+    left, right, diagonal = band(variant, seqlen_q, seqlen_k)
+    if left >= 0 or right > 0:
+        return "it has no windows"
+    if right == 0 and diagonal != 0:
+        return "it lines causal masks up at the top left"
+    if right == 0 and not _scale(q, variant) > 0:
+        return "it scales after it masks, which makes NaN of -inf times 0 or less"
+    return None
+
+
+def _why_not_native(q: Tensor) -> str | None:
+    if q.dtype == torch.float64:
+        return "it has no float64"
+    if not native.loaded():
+        return native.status()
+    return None
+
+
+def _has_16_bit_products(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies 16-bit matrices in hardware; without, PyTorch's products are 30 times slower."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype != torch.float16
+
+
+def _has_matrix_units(dtype: torch.dtype) -> bool:
+    """AMX multiplies bfloat16 tiles an order faster than the vector units that the native kernel uses."""
+    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
+def _only_row_blocks(what: str) -> Choice:
+    return Choice("row blocks", f"only they compute {what}")
+
+
+def choose_forward(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> Choice:
+    if feature := _feature(variant):
+        return _only_row_blocks(feature)
+    not_native, not_aten = _why_not_native(q), _why_not_aten(q, k, v, variant)
+    if not_native is None and not (not_aten is None and _has_matrix_units(q.dtype)):
+        return Choice("native", "the C++ kernel computes this and is the fastest here")
+    if not_aten is None:
+        reason = f"native: {not_native}" if not_native else "its 16-bit products run on matrix units"
+        return Choice("aten", f"PyTorch's CPU flash kernel computes exactly this ({reason})")
+    return Choice("row blocks", f"native: {not_native}; aten: {not_aten}")
+
+
+def choose_backward(q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None, variant: Variant) -> Choice:
+    if feature := _feature(variant):
+        return _only_row_blocks(feature)
+    not_aten = _why_not_aten(q, k, v, variant)
+    if not_aten is None and dlse is not None:
+        not_aten = "it has no gradient through lse"
+    if not_aten is None and not _has_16_bit_products(q.dtype):
+        not_aten = f"this CPU has no fast {q.dtype} products and row blocks compute in float32"
+    if not_aten is None:
+        return Choice("aten", "PyTorch's CPU flash kernel computes exactly this")
+    return Choice("row blocks", f"native: it has no backward; aten: {not_aten}")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Both kernels want a contiguous last dimension; every other stride may be anything."""
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
+    implementation = choose_forward(q, k, v, variant).implementation
+    if implementation == "row blocks":
+        return rowblocks.forward(q, k, v, variant)
+    q, k, v, scale = _rows(q), _rows(k), _rows(v), _scale(q, variant)
+    left, right, diagonal = band(variant, q.shape[1], k.shape[1])
+    if implementation == "native":
+        return torch.ops.flash_attn_plus._cpu_forward.default(q, k, v, scale, left, right, diagonal)
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    out, lse = _aten_forward(*heads_first, 0.0, right == 0, scale=scale)
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+def backward(dout, q, k, v, out, lse, dlse, variant: Variant, need_dq: bool, need_dkv: bool, need_dbias: bool):
+    if choose_backward(q, k, v, dlse, variant).implementation == "row blocks":
+        return rowblocks.backward(dout, q, k, v, out, lse, dlse, variant, need_dq, need_dkv, need_dbias)
+    _, right, _ = band(variant, q.shape[1], k.shape[1])
+    heads_first = (_rows(tensor.to(q.dtype)).transpose(1, 2) for tensor in (dout, q, k, v, out))
+    grads = _aten_backward(*heads_first, lse, 0.0, right == 0, scale=_scale(q, variant))
+    needs, nothing = (need_dq, need_dkv, need_dkv), q.new_empty(0)
+    dq, dk, dv = (g.transpose(1, 2).contiguous() if need else nothing for g, need in zip(grads, needs, strict=True))
+    return dq, dk, dv, nothing, nothing.clone()
+
+
+def _dense_by_sequence(layout: Varlen, variant: Variant) -> bool:
+    """Whether each sequence may run as a dense problem of its own, by the native or the ATen kernel."""
+    return layout.block_table is None and _feature(variant) is None
+
+
+def _sequences(layout: Varlen):
+    """The (query rows, key rows) of each sequence, as slices."""
+    starts_q, starts_k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        end_q, end_k = starts_q[b + 1], starts_k[b + 1]
+        start_k = starts_k[b]
+        if layout.seqused_q is not None:
+            end_q = starts_q[b] + int(layout.seqused_q[b])
+        if layout.seqused_k is not None:
+            end_k = start_k + int(layout.seqused_k[b])
+        if layout.leftpad_k is not None:
+            start_k += int(layout.leftpad_k[b])
+        yield slice(starts_q[b], end_q), slice(start_k, end_k)
+
+
+def varlen_forward(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant) -> tuple[Tensor, Tensor]:
+    checks.varlen_values(q, k, layout)
+    if not _dense_by_sequence(layout, variant):
+        return rowblocks.varlen_forward(q, k, v, layout, variant)
+    total, heads, _ = q.shape
+    out = q.new_zeros((total, heads, v.shape[-1]))
+    lse = q.new_full((heads, total), -torch.inf, dtype=checks.lse_dtype(q))
+    for rows, keys in _sequences(layout):
+        if rows.start < rows.stop:
+            out_b, lse_b = forward(q[None, rows], k[None, keys], v[None, keys], variant)
+            out[rows], lse[:, rows] = out_b[0], lse_b[0]
+    return out, lse
+
+
+def varlen_backward(
+    dout, q, k, v, out, lse, dlse, layout: Varlen, variant: Variant, need_dq: bool, need_dkv: bool, need_dbias: bool
+):
+    checks.varlen_values(q, k, layout)
+    needs = (need_dq, need_dkv, need_dbias)
+    if dlse is not None or not _dense_by_sequence(layout, variant):
+        return rowblocks.varlen_backward(dout, q, k, v, out, lse, dlse, layout, variant, *needs)
+    nothing = q.new_empty(0)
+    dq = q.new_zeros(q.shape) if need_dq else nothing
+    dk, dv = (t.new_zeros(t.shape) if need_dkv else nothing.clone() for t in (k, v))
+    for rows, keys in _sequences(layout):
+        if rows.start < rows.stop and keys.start < keys.stop:
+            saved = (dout[None, rows], q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse[None, :, rows])
+            dq_b, dk_b, dv_b, _, _ = backward(*saved, None, variant, *needs)
+            if need_dq:
+                dq[rows] = dq_b[0]
+            if need_dkv:
+                dk[keys], dv[keys] = dk_b[0], dv_b[0]
+    return dq, dk, dv, nothing.clone(), nothing.clone()
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
+    if layout is None:
+        choices = choose_forward(q, k, v, variant), choose_backward(q, k, v, None, variant)
+        note = ""
+    elif _dense_by_sequence(layout, variant):
+        rows, keys = next(iter(_sequences(layout)), (slice(0, 0), slice(0, 0)))
+        first = q[None, rows], k[None, keys], v[None, keys]
+        choices = choose_forward(*first, variant), choose_backward(*first, None, variant)
+        note = "\nsequences: one by one as dense problems (above: the first)"
+    else:
+        choices = (_only_row_blocks(_feature(variant) or "pages"),) * 2
+        note = ""
+    lines = (
+        f"{what} {c.implementation}: {c.reason}" for what, c in zip(("forward: ", "backward:"), choices, strict=True)
+    )
+    return "\n".join(lines) + note + f"\nnative library: {native.status()}"
