@@ -1,0 +1,41 @@
+"""Flash attention for every device, as first-class PyTorch operators.
+
+The functions below have the names, arguments and results of flash-attn 2.8.3; the operators under them are
+``torch.ops.flash_attn_plus.*``, one node each in torch.compile, FX and torch.export.
+"""
+
+from .interface import (
+    explain,
+    flash_attn_combine,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    merge_states,
+)
+from .padding import (
+    index_first_axis,
+    pad_input,
+    unpad_input,
+    unpad_input_for_concatenated_sequences,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "explain",
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "index_first_axis",
+    "merge_states",
+    "pad_input",
+    "unpad_input",
+    "unpad_input_for_concatenated_sequences",
+]
