@@ -1,0 +1,223 @@
+"""Who imports whom: the floors of the package, what a program pays for importing it, and what it does not need."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import flash_attn_plus
+from flash_attn_plus import library
+
+PACKAGE = Path(flash_attn_plus.__file__).parent
+
+
+class Floor(NamedTuple):
+    on_load: str = ""  # modules of the package that it may import when it is loaded: they stand below it
+    on_call: str = ""  # modules that only its functions may import, when they are called
+    outside: str = "torch"  # what it may import beside the standard library
+
+
+# From the roof down. A new file needs a row; a row that needs more than it has is a change of the architecture.
+FLOORS = {
+    "__init__": Floor("interface padding", outside=""),
+    "interface": Floor("library checks schemas", on_call="reference"),
+    "autograd": Floor("library states schemas"),
+    "autocast": Floor("library"),
+    "vmap": Floor("library schemas"),
+    "library": Floor("checks native schemas", on_call="autograd autocast vmap flops"),
+    "flops": Floor("schemas"),
+    "cpu": Floor("checks native rowblocks states schemas"),
+    "anywhere": Floor("checks rowblocks states schemas"),
+    "rowblocks": Floor("rowblocks_scores philox schemas"),
+    "rowblocks_scores": Floor("philox schemas"),
+    "native": Floor(),
+    "reference": Floor("schemas"),  # the oracle shares no code with what it judges
+    "checks": Floor("schemas"),
+    "states": Floor(),
+    "philox": Floor("schemas"),
+    "padding": Floor(),
+    "schemas": Floor(outside=""),
+}
+
+
+class Imports(NamedTuple):
+    on_load: set[str]
+    on_call: set[str]
+    outside: set[str]
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[bool, str]]:
+    """(is it of this package, its name) of each module that a statement imports."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            top, _, rest = alias.name.partition(".")
+            yield (True, rest or "__init__") if top == "flash_attn_plus" else (False, top)
+    elif node.level == 0:
+        top, _, rest = node.module.partition(".")
+        yield (True, rest or "__init__") if top == "flash_attn_plus" else (False, top)
+    elif node.module:
+        yield True, node.module
+    else:
+        for alias in node.names:
+            yield True, alias.name
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _statements(node: ast.AST, in_function: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child, in_function
+        elif not _is_type_checking(child):
+            yield from _statements(child, in_function or isinstance(child, (ast.FunctionDef, ast.Lambda)))
+
+
+def imports_of(source: str) -> Imports:
+    imports = Imports(set(), set(), set())
+    for statement, in_function in _statements(ast.parse(source)):
+        for ours, name in _imported(statement):
+            if ours:
+                (imports.on_call if in_function else imports.on_load).add(name)
+            elif name not in sys.stdlib_module_names:
+                imports.outside.add(name)
+    return imports
+
+
+class TestFloors:
+    def test_every_file_has_a_floor(self) -> None:
+        assert sorted(path.stem for path in PACKAGE.glob("*.py")) == sorted(FLOORS)
+
+    @pytest.mark.parametrize("name", FLOORS)
+    def test_imports_no_more_than_its_row_says(self, name: str) -> None:
+        imports, row = imports_of((PACKAGE / f"{name}.py").read_text()), FLOORS[name]
+        on_load, on_call = set(row.on_load.split()), set(row.on_call.split())
+        assert imports.on_load <= on_load, f"{name} imports {imports.on_load - on_load} when it is loaded"
+        assert imports.on_call <= on_load | on_call, f"{name} imports {imports.on_call - on_call} when it is called"
+        assert imports.outside <= set(row.outside.split()), f"{name} imports {imports.outside}"
+
+    def test_what_is_imported_on_load_stands_below(self) -> None:
+        """Hence no cycles."""
+        order = list(FLOORS)
+        for name, row in FLOORS.items():
+            for below in row.on_load.split():
+                assert order.index(below) > order.index(name), f"{name} stands below {below}, which it imports"
+
+    def test_modules_of_devices_are_floors_too(self) -> None:
+        """The library imports them by name, on the first call of an operator on such a device."""
+        assert set(library.BACKENDS.values()) <= set(FLOORS)
+
+    def test_the_reader_of_imports_sees_them_all(self) -> None:
+        source = """if True:
+            import os, torch.nn, flash_attn_plus.cpu
+            from typing import TYPE_CHECKING
+            from . import checks, native
+            from .schemas import Variant
+            from flash_attn_plus import library
+            if TYPE_CHECKING:
+                import pandas
+            class A:
+                def f(self):
+                    try:
+                        from .rowblocks import forward
+                        import triton.language as tl
+                    finally:
+                        from numpy import array
+        """
+        assert imports_of(source) == Imports(
+            {"cpu", "checks", "native", "schemas", "__init__"}, {"rowblocks"}, {"torch", "triton", "numpy"}
+        )
+
+
+def run_fresh(code: str) -> str:
+    """What a new process prints that finds this package where this one did."""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+BLOCK = """
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    names = {"triton", "flag_gems", "numpy", "matplotlib", "flash_attn"}
+
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+USE_EVERYTHING = """
+import torch, flash_attn_plus as fap
+
+def backward(*outputs):
+    sum(output.sum() for output in outputs).backward()
+
+qkv = torch.randn(2, 9, 3, 2, 16, requires_grad=True)
+backward(*fap.flash_attn_qkvpacked_func(qkv, 0.1, causal=True, softcap=2.0, return_lse=True))
+assert qkv.grad.isfinite().all()
+
+rows, indices, cu_seqlens, longest, _ = fap.unpad_input(torch.randn(2, 9, 3, 2, 16), torch.ones(2, 9))
+packed = rows.requires_grad_()
+out = fap.flash_attn_varlen_qkvpacked_func(packed, cu_seqlens, longest, window_size=(3, 0))
+backward(fap.pad_input(out, indices, 2, 9))
+assert packed.grad.isfinite().all()
+
+state = fap.flash_attn_func(*qkv.detach().unbind(2), return_lse=True)
+assert fap.merge_states(*state, *state)[0].isfinite().all()
+fap.explain(*qkv.detach().unbind(2))
+"""
+
+
+def test_needs_nothing_but_torch() -> None:
+    """Neither the kernels' languages, nor the peers that benchmarks compare with, nor what plots them."""
+    checked = "assert not Blocked.names & {name.partition('.')[0] for name in sys.modules}; print('done')"
+    assert run_fresh(BLOCK + USE_EVERYTHING + checked) == "done\n"
+
+
+HEAVY = ("triton", "sympy", "numpy", "torch._dynamo", "torch._inductor", "torch.fx", "torch._export", "torch.export")
+
+
+def is_heavy(module: str) -> bool:
+    return any(module == heavy or module.startswith(f"{heavy}.") for heavy in HEAVY)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """Modules that one process loads, step by step, beyond those that ``import torch`` has loaded."""
+    code = f"""
+import json, sys, torch
+torch_alone = set(sys.modules)
+import flash_attn_plus
+imported = set(sys.modules) - torch_alone
+{USE_EVERYTHING}
+print(json.dumps({{"by the import": sorted(imported), "by use": sorted(set(sys.modules) - torch_alone - imported)}}))
+"""
+    return json.loads(run_fresh(code))
+
+
+class TestCostOfTheImport:
+    def test_loads_next_to_nothing_beyond_torch(self, loaded: dict[str, list[str]]) -> None:
+        others = {name for name in loaded["by the import"] if not name.startswith("flash_attn_plus")}
+        # register_flop_formula lives there; both files together load in about a millisecond.
+        assert others <= {"torch.utils.flop_counter", "torch.utils.module_tracker"}
+
+    def test_loads_no_kernels(self, loaded: dict[str, list[str]]) -> None:
+        """They come with the first call on their device."""
+        kernels = {f"flash_attn_plus.{name}" for name in ("cpu", "anywhere", "rowblocks", "reference", "philox")}
+        assert not kernels & set(loaded["by the import"])
+
+    def test_eager_calls_load_no_compiler(self, loaded: dict[str, list[str]]) -> None:
+        assert [name for name in loaded["by the import"] + loaded["by use"] if is_heavy(name)] == []
