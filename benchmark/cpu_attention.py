@@ -75,7 +75,7 @@ def interleaved(functions: dict, seconds: float) -> dict[str, float]:
     for function in functions.values():
         function()
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times[next(iter(times))]) < 5:
+    while time.perf_counter() < until or len(times[next(iter(times))]) < 3:
         for name, function in functions.items():
             start = time.perf_counter()
             function()

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 INDENT = " " * 4  # one tab in the training text: a level of indentation is one character to learn, not four
 ALPHABET = "\n\t" + "".join(map(chr, range(32, 127)))
-PROMPT = "class "
+PROMPT = "class Reader:\n\tdef __init__(self, file):\n\t\tself.file = file\n\n\tdef "
 
 COMPARED_STEPS = 100
 # Both are for float32. In bfloat16 two correct attentions round 65,536 times more coarsely, training amplifies that,
