@@ -207,9 +207,9 @@ void add_values(
   }
 }
 
-// One block of keys for one panel of N vectors. `scale` is not negative; it includes log2(e).
+// One block of keys for one panel of N vectors.
 template <int N>
-void attend(const Attention& a, const Plan& plan, float scale, const Block& block, const Panel& panel, float* scores) {
+void attend(const Attention& a, const Plan& plan, const Block& block, const Panel& panel, float* scores) {
   const int64_t begin = larger(block.begin, panel.first_query + a.first);
   const int64_t end = smaller(block.end, panel.last_query + a.last + 1);
   if (begin >= end) return;
@@ -253,7 +253,7 @@ void attend(const Attention& a, const Plan& plan, float scale, const Block& bloc
   Vec shift[N], decay[N], sum[N];
   for (int n = 0; n < N; ++n) {
     const Vec before = load(panel.shift + n * kLanes);
-    const Vec now = max(best[n] * broadcast(scale), before);
+    const Vec now = max(best[n], before);
     store(panel.shift + n * kLanes, now);
     shift[n] = now == broadcast(-kInfinity) ? Vec{} : now;  // nothing seen yet: keep -inf - -inf out
     decay[n] = exp2_nonpositive(before - shift[n]);
@@ -263,7 +263,7 @@ void attend(const Attention& a, const Plan& plan, float scale, const Block& bloc
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       float* at = scores + (j * N + n) * kLanes;
-      const Vec p = exp2_nonpositive(load(at) * broadcast(scale) - shift[n]);
+      const Vec p = exp2_nonpositive(load(at) - shift[n]);
       store(at, p);
       sum[n] += p;
     }
@@ -355,7 +355,7 @@ FAP_INLINE typename T::Bits* out_at(T, const Attention& a, const Tile& tile, Row
 }
 
 template <class T>
-void start(T type, const Attention& a, const Plan& plan, const Tile& tile, int64_t p, float sign, float* w) {
+void start(T type, const Attention& a, const Plan& plan, const Tile& tile, int64_t p, float scale, float* w) {
   const Panel panel = panel_at(plan, tile, p, w);
   const int64_t rows = rows_of(tile, p), width = width_of(rows);
   float* row = w + plan.row;
@@ -370,7 +370,7 @@ void start(T type, const Attention& a, const Plan& plan, const Tile& tile, int64
     const Row ahead(plan, tile, smaller(p * kPanel + i + kPrefetch, tile.rows - 1));
     prefetch_row(type, query_at(type, a, tile, ahead), a.dim);
     const auto* query = query_at(type, a, tile, at);
-    for (int64_t d = 0; d < a.dim; d += kLanes) store(row + d, load_some(type, query, d, a.dim) * broadcast(sign));
+    for (int64_t d = 0; d < a.dim; d += kLanes) store(row + d, load_some(type, query, d, a.dim) * broadcast(scale));
     for (int64_t d = 0; d < a.dim; ++d) panel.q[d * width + i] = row[d];
   }
 }
@@ -398,22 +398,21 @@ void finish(T type, const Attention& a, const Plan& plan, const Tile& tile, int6
 // attend<N> for the N that the width of the panel asks for.
 template <int N>
 void attend_width(
-    const Attention& a, const Plan& plan, float scale, const Block& block, const Panel& panel, int64_t width,
-    float* scores) {
+    const Attention& a, const Plan& plan, const Block& block, const Panel& panel, int64_t width, float* scores) {
   if constexpr (N > 1) {
-    if (width < N * kLanes) return attend_width<N - 1>(a, plan, scale, block, panel, width, scores);
+    if (width < N * kLanes) return attend_width<N - 1>(a, plan, block, panel, width, scores);
   }
-  attend<N>(a, plan, scale, block, panel, scores);
+  attend<N>(a, plan, block, panel, scores);
 }
 
 template <class T>
 void run_tile(T type, const Attention& a, const Plan& plan, const Tile& tile, float* w) {
-  // The running maximum needs a scale that is positive: its sign (and a zero) goes into the queries.
-  const float sign = a.scale > 0.0f ? 1.0f : a.scale < 0.0f ? -1.0f : a.scale;
-  const float scale = sign == 0.0f ? 1.0f : a.scale * sign * kLog2E;
+  // The whole scale goes into the queries, so that a running maximum is one of the scores and no difference to it is
+  // above zero: a product rounded once in the maximum and not at all in an FMA would be, for very large scores.
+  const float scale = a.scale * kLog2E;
 
   const int64_t panels = ceil_div(tile.rows, kPanel);
-  for (int64_t p = 0; p < panels; ++p) start(type, a, plan, tile, p, sign, w);
+  for (int64_t p = 0; p < panels; ++p) start(type, a, plan, tile, p, scale, w);
 
   const int64_t first_query = tile.first_row / plan.group;
   const int64_t last_query = (tile.first_row + tile.rows - 1) / plan.group;
@@ -430,7 +429,7 @@ void run_tile(T type, const Attention& a, const Plan& plan, const Tile& tile, fl
     pack(type, a, plan, tile, n, block, w);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t width = width_of(rows_of(tile, p));
-      attend_width<kVecs>(a, plan, scale, block, panel_at(plan, tile, p, w), width, w + plan.scores);
+      attend_width<kVecs>(a, plan, block, panel_at(plan, tile, p, w), width, w + plan.scores);
     }
   }
   for (int64_t p = 0; p < panels; ++p) finish(type, a, plan, tile, p, w);

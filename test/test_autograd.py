@@ -173,6 +173,63 @@ def test_vmap_keeps_the_dropout_pattern_of_each_call():
     torch.testing.assert_close(torch.vmap(gradient)(q), torch.stack([gradient(x) for x in q]))
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_vmap_over_nothing(dropout_p):
+    values = inputs()
+    rng_state = torch.tensor([7, 3])
+
+    def attend(q):
+        return ops.fwd(q, values["k"], values["v"], dropout_p=dropout_p, rng_state=rng_state)
+
+    out, lse = torch.vmap(attend)(torch.zeros(0, 2, 5, 4, 8, dtype=torch.float64))
+    assert (out.shape, lse.shape) == ((0, 2, 5, 4, 3), (0, 2, 4, 5))
+
+
+class TestBackwardOperator:
+    """What callers other than autograd may hand to bwd: ring attention, padding of their own."""
+
+    @staticmethod
+    def saved(dtype=torch.float32):
+        q, k, v = (torch.randn(2, 5, 2, 8, dtype=dtype) for _ in range(3))
+        out, lse = ops.fwd(q, k, v, causal=True)
+        return torch.randn_like(out), q, k, v, out, lse
+
+    @pytest.mark.parametrize("needs", [(False, False), (True, False), (False, True), (True, True)])
+    @pytest.mark.parametrize("left", [-1, 2])
+    def test_results_never_alias(self, needs, left):
+        options = {"window_left": left, "need_dq": needs[0], "need_dkv": needs[1], "causal": True}
+        torch.library.opcheck(ops.bwd.default, (*self.saved(), None), options, test_utils="test_schema")
+
+    @pytest.mark.parametrize("left", [-1, 2])
+    def test_float32_out_and_dout_beside_float64(self, left):
+        dout, q, k, v, out, lse = self.saved(torch.float64)
+        expected = ops.bwd(dout, q, k, v, out, lse, None, causal=True, window_left=left)
+        actual = ops.bwd(dout.float(), q, k, v, out.float(), lse, None, causal=True, window_left=left)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("with_dlse", [False, True])
+    def test_rows_marked_as_padding_give_nothing(self, with_dlse):
+        """The same with and without dlse, though other kernels may run."""
+        dout, q, k, v, out, lse = self.saved()
+        out[0, 2, 0], lse[0, 0, 2] = 0.0, -torch.inf
+        dlse = torch.zeros_like(lse) if with_dlse else None
+        dq, dk, dv, _, _ = ops.bwd(dout, q, k, v, out, lse, dlse, causal=True)
+        assert (dq[0, 2, 0] == 0).all()
+        dout[0, 2, 0] = 0.0
+        expected = ops.bwd(dout, q, k, v, out, lse, torch.zeros_like(lse), causal=True)
+        torch.testing.assert_close((dq, dk, dv), expected[:3])
+
+
+@pytest.mark.parametrize("diagonal", [2**31 - 1, -(2**33), 2**33])
+def test_slopes_with_a_diagonal_far_away(diagonal):
+    values = inputs()
+    slopes = torch.tensor([1e-9, 2e-9, 3e-9, 4e-9])
+    options = {"alibi_slopes": slopes, "diagonal": diagonal}
+    actual = ops.fwd(values["q"], values["k"], values["v"], **options)
+    expected = reference.attention(values["q"], values["k"], values["v"], Variant(**options))
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("layout", PAIRS)
 class TestWhatThereIsNot:
     def test_double_backward_raises(self, layout):
@@ -330,6 +387,20 @@ class TestStates:
         grads = torch.autograd.grad(out.sum() + lse[:, :, 1:].sum(), leaves)
         assert all(grad.isfinite().all() for grad in grads)
         assert (grads[0][:, 0] == 0).all()
+
+    def test_a_part_that_has_seen_nothing_may_hold_anything(self):
+        out1, lse1, out2, lse2 = (x.detach() for x in self.parts("dense"))
+        out1[:, 0], lse1[:, :, 0] = torch.nan, -torch.inf
+        out2[:, 2], lse2[:, :, 2] = torch.nan, -torch.inf
+        leaves = [x.requires_grad_() for x in (out1, lse1, out2, lse2)]
+        stacked = torch.stack([out1, out2]), torch.stack([lse1, lse2])
+        for out, lse in (flash_attn_plus.merge_states(*leaves), flash_attn_plus.flash_attn_combine(*stacked)):
+            torch.testing.assert_close(out[:, 0], out2[:, 0])
+            torch.testing.assert_close(out[:, 2], out1[:, 2])
+            grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
+            assert all(grad.isfinite().all() for grad in grads)
+            assert (grads[0][:, 0] == 0).all()
+            assert (grads[1][:, :, 0] == 0).all()
 
     def test_dtypes(self):
         out1, lse1, out2, lse2 = (x.detach().float() for x in self.parts("dense"))

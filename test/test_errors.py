@@ -157,7 +157,7 @@ bias of the wrong queries -> ValueError: attn_bias: expected each dimension of (
         self.assertExpectedInline(
             found,
             """\
-offsets that fall -> ValueError: cu_seqlens_q: expected offsets that begin at 0 and never fall, got [0, 3, 2]
+offsets that fall -> ValueError: cu_seqlens_q: expected offsets that are not negative and never fall, got [0, 3, 2]
 offsets past the end -> ValueError: cu_seqlens_k: expected to end at or before the 6 rows of k, got 7
 longest too small -> ValueError: max_seqlen_k: expected at least the longest sequence (4), got 3
 seqused_k past its segment -> ValueError: seqused_k: expected lengths between 0 and the segment's 2, got [3, 4]

@@ -163,6 +163,11 @@ class TestNormalisation:
         for x, saved in zip(leaves, before, strict=True):
             assert torch.equal(x.detach(), saved)
 
+    def test_windows_are_integers(self):
+        q, k, v = tensors(*[(1, 6, 1, 4)] * 3)
+        with pytest.raises(TypeError, match="window_size: expected two integers"):
+            fap.flash_attn_func(q, k, v, window_size=(1.0, 0))
+
 
 class TestResults:
     def test_outputs_are_contiguous(self):
@@ -277,6 +282,26 @@ backward: row blocks: only they compute alibi_slopes
 forward:  row blocks in plain PyTorch: there are no kernels for device type 'meta' yet
 backward: row blocks in plain PyTorch: there are no kernels for device type 'meta' yet""",
         )
+
+
+def test_explain_computes_and_draws_nothing():
+    q, k, v = tensors(*[(1, 5, 1, 4)] * 3)
+    state = torch.get_rng_state()
+    fap.explain(q, k, v, dropout_p=0.5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_explain_of_packed_sequences_checks_as_the_call_does():
+    q, k, v = tensors(*[(5, 1, 4)] * 3)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+    offsets = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    with pytest.raises(ValueError, match="max_seqlen_q: expected a value"):
+        fap.explain(q, k, v, **offsets)
+    with pytest.raises(ValueError, match="max_seqlen_k: expected at least the longest"):
+        fap.explain(q, k, v, **offsets, max_seqlen_q=5, max_seqlen_k=4)
+    pages = {"block_table": torch.tensor([[0]], dtype=torch.int32)}
+    text = fap.explain(q, k[None], v[None], **offsets, max_seqlen_q=5, max_seqlen_k=5, **pages)
+    assert "backward: none: the backward of paged keys is not implemented" in text
 
 
 def test_explain_checks_its_arguments():

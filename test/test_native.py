@@ -229,6 +229,20 @@ class TestNotFinite:
 
 
 @needs_library
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e9, 1e10, 1e12, 1e30])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_very_large_scores(size, sign, kernel):
+    """The softmax is all but one-hot, and no difference to the maximum may round to something above zero."""
+    q, k, v = Shape(seqlen_q=70, seqlen_k=300, dim=64).tensors(torch.float32)
+    scale = sign * size / 8
+    out, lse = forward(q, k, v, scale, -1, -1, 0)
+    expected_out, expected_lse = plain(q, k, v, scale, -1, -1, 0, torch.float64)
+    same_out, same_lse = plain(q * scale, k, v, 1.0, -1, -1, 0, torch.float32)
+    assert_close_to_oracle(out, expected_out, same_out)
+    assert_close_to_oracle(lse, expected_lse, same_lse)
+
+
+@needs_library
 def test_exponential_is_accurate(kernel):
     """Two keys with the scores 0 and x give sigmoid(x), here with a relative error of a few units in the last place.
 

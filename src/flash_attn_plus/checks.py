@@ -313,7 +313,7 @@ def varlen_values(q: Tensor, k: Tensor, layout: Varlen) -> None:
         in_pages = paged and side == "k"
         _value(
             starts[0] >= 0 and all(length >= 0 for length in lengths),
-            "cu_seqlens_{}: expected offsets that begin at 0 and never fall, got {}",
+            "cu_seqlens_{}: expected offsets that are not negative and never fall, got {}",
             side,
             starts,
         )

@@ -133,10 +133,14 @@ def backward(dout, q, k, v, out, lse, dlse, variant: Variant, need_dq: bool, nee
         return rowblocks.backward(dout, q, k, v, out, lse, dlse, variant, need_dq, need_dkv, need_dbias)
     _, right, _ = band(variant, q.shape[1], k.shape[1])
     heads_first = (_rows(tensor.to(q.dtype)).transpose(1, 2) for tensor in (dout, q, k, v, out))
+    # Rows that the caller marks as padding have lse -inf; with +inf all of their weights are exactly 0.
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     grads = _aten_backward(*heads_first, lse, 0.0, right == 0, scale=_scale(q, variant))
-    needs, nothing = (need_dq, need_dkv, need_dkv), q.new_empty(0)
-    dq, dk, dv = (g.transpose(1, 2).contiguous() if need else nothing for g, need in zip(grads, needs, strict=True))
-    return dq, dk, dv, nothing, nothing.clone()
+    needs = (need_dq, need_dkv, need_dkv)
+    dq, dk, dv = (
+        g.transpose(1, 2).contiguous() if need else q.new_empty(0) for g, need in zip(grads, needs, strict=True)
+    )
+    return dq, dk, dv, q.new_empty(0), q.new_empty(0)
 
 
 def _dense_by_sequence(layout: Varlen, variant: Variant) -> bool:
@@ -180,9 +184,8 @@ def varlen_backward(
     needs = (need_dq, need_dkv, need_dbias)
     if dlse is not None or not _dense_by_sequence(layout, variant):
         return rowblocks.varlen_backward(dout, q, k, v, out, lse, dlse, layout, variant, *needs)
-    nothing = q.new_empty(0)
-    dq = q.new_zeros(q.shape) if need_dq else nothing
-    dk, dv = (t.new_zeros(t.shape) if need_dkv else nothing.clone() for t in (k, v))
+    dq = q.new_zeros(q.shape if need_dq else 0)
+    dk, dv = (t.new_zeros(t.shape if need_dkv else 0) for t in (k, v))
     for rows, keys in _sequences(layout):
         if rows.start < rows.stop and keys.start < keys.stop:
             saved = (dout[None, rows], q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse[None, :, rows])
@@ -191,10 +194,12 @@ def varlen_backward(
                 dq[rows] = dq_b[0]
             if need_dkv:
                 dk[keys], dv[keys] = dk_b[0], dv_b[0]
-    return dq, dk, dv, nothing.clone(), nothing.clone()
+    return dq, dk, dv, q.new_empty(0), q.new_empty(0)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
+    if layout is not None:
+        checks.varlen_values(q, k, layout)
     if layout is None:
         choices = choose_forward(q, k, v, variant), choose_backward(q, k, v, None, variant)
         note = ""
@@ -203,8 +208,11 @@ def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | 
         first = q[None, rows], k[None, keys], v[None, keys]
         choices = choose_forward(*first, variant), choose_backward(*first, None, variant)
         note = "\nsequences: one by one as dense problems (above: the first)"
+    elif layout.block_table is not None:
+        choices = _only_row_blocks("pages"), Choice("none", "the backward of paged keys is not implemented")
+        note = ""
     else:
-        choices = (_only_row_blocks(_feature(variant) or "pages"),) * 2
+        choices = (_only_row_blocks(_feature(variant)),) * 2
         note = ""
     lines = (
         f"{what} {c.implementation}: {c.reason}" for what, c in zip(("forward: ", "backward:"), choices, strict=True)

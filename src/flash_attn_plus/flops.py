@@ -1,7 +1,7 @@
 """FLOP formulas for ``torch.utils.flop_counter``, counted as PyTorch counts SDPA.
 
-Every query meets every key (what causal masks and windows skip is not subtracted). Varlen counts the true
-lengths where they can be read, and the longest everywhere where the offsets are fake, as PyTorch does.
+Every query meets every key (what causal masks and windows skip is not subtracted). Varlen counts the segments
+between the offsets, seqused and leftpad left aside, and the longest everywhere where the offsets are fake.
 """
 
 from __future__ import annotations

@@ -86,6 +86,8 @@ def _window(window_size: Sequence) -> tuple[Any, Any]:
     if len(window_size) != 2:
         raise ValueError(f"window_size: expected (left, right), got {window_size}")
     left, right = (-1 if side is None else _length(side) for side in window_size)
+    if isinstance(left, float) or isinstance(right, float):
+        raise TypeError(f"window_size: expected two integers, got {window_size}")
     return left, right
 
 
@@ -399,6 +401,10 @@ def flash_attn_combine(
 ) -> tuple[Tensor, Tensor]:
     """One attention state from n that were computed over disjoint sets of keys (split-KV): merge_states for many.
 
+    The log-sum-exps lie as the attention functions return them, heads before rows. (flash-attn 3 has a function of this
+    name that takes them with rows before heads: transpose those first.) A part that has seen nothing (lse -inf) may
+    hold anything.
+
     Args:
         out_partial: (n, batch, seqlen, heads, head_dim) or (n, total, heads, head_dim), any floating dtype: the
             stacked outputs of the attention functions.
@@ -452,14 +458,19 @@ def explain(
         >>> print(flash_attn_plus.explain(q, k, v, causal=True))
     """
     left, right = _window(window_size)
+    rng_state = (
+        q.new_empty((2,), dtype=torch.int64) if dropout_p > 0.0 else None
+    )  # drawing one would change later calls
     variant = Variant(
         *(softmax_scale, causal, left, right, None, softcap, alibi_slopes),
-        *(_four_dimensional(attn_bias), sink, dropout_p, _random_state(q, dropout_p), deterministic),
+        *(_four_dimensional(attn_bias), sink, dropout_p, rng_state, deterministic),
     )
     if cu_seqlens_q is None:
         return library.explain(q, k, v, variant)
-    if cu_seqlens_k is None:
-        raise ValueError("cu_seqlens_k: expected an int32 tensor (batch + 1,) beside cu_seqlens_q, got None")
-    lengths = (_length(max_seqlen_q or 0), _length(max_seqlen_k or 0))
+    for name, value in (("cu_seqlens_k", cu_seqlens_k), ("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if value is None:
+            raise ValueError(f"{name}: expected a value beside cu_seqlens_q, got None")
+    assert cu_seqlens_k is not None
+    lengths = (_length(max_seqlen_q), _length(max_seqlen_k))
     layout = Varlen(cu_seqlens_q, cu_seqlens_k, *lengths, seqused_q, seqused_k, leftpad_k, block_table)
     return library.explain(q, k, v, variant, layout)

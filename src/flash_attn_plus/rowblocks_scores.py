@@ -157,7 +157,7 @@ class Attention(NamedTuple):
 
     def load_queries(self, x: Tensor, block: Block) -> Tensor:
         """A block of q, dout or out, viewed as the query side -> (b, hk, g, rows, d) in the computing dtype"""
-        return x[block.of_queries].to(computing_dtype(x), memory_format=torch.contiguous_format)
+        return x[block.of_queries].to(computing_dtype(self.q), memory_format=torch.contiguous_format)
 
     def _load(self, x: Tensor) -> Tensor:
         return x.to(computing_dtype(x), memory_format=torch.contiguous_format).flatten(0, 1)
@@ -175,7 +175,9 @@ class Attention(NamedTuple):
             scores.mul_(self.variant.softcap)
         if self.alibi is not None:
             rows, columns = _numbers(block.rows, scores), _numbers(block.columns, scores)
-            distances = (rows[:, None] + (self.diagonal - columns)).abs_().to(scores.dtype)
+            if abs(self.diagonal) >= 2**30:
+                rows = rows.long()
+            distances = (rows[:, None] - columns + self.diagonal).abs_().to(scores.dtype)
             scores.addcmul_(block.of_scores(self.alibi).to(scores.dtype), distances, value=-1)
         if self.bias is not None:
             bias = block.of_scores(self.bias)

@@ -61,10 +61,18 @@ def _batch_size(q: Tensor, mapped_axis: int | None) -> int:
 
 def _one_by_one(name: str, size: int, in_dims: tuple, args: tuple):
     op = overload(name)
-    entries = [
-        op(*(arg if axis is None else arg.select(axis, i) for arg, axis in zip(args, in_dims, strict=True)))
-        for i in range(size)
-    ]
+
+    def entry(i: int):
+        return op(*(arg if axis is None else arg.select(axis, i) for arg, axis in zip(args, in_dims, strict=True)))
+
+    if size == 0:  # the shapes of the results, from one entry of zeros
+        args = tuple(
+            arg if axis is None else arg.new_zeros([1 if i == axis else n for i, n in enumerate(arg.shape)])
+            for arg, axis in zip(args, in_dims, strict=True)
+        )
+    entries = [entry(i) for i in range(max(size, 1))]
+    if size == 0:
+        return tuple(part.new_empty((0, *part.shape)) for part in entries[0]), (0,) * len(entries[0])
     return tuple(torch.stack(parts) for parts in zip(*entries, strict=True)), (0,) * len(entries[0])
 
 
