@@ -70,16 +70,19 @@ WINDOWS = [Row(dtype, 64, 4096, window=window) for dtype in DTYPES for window in
 
 
 def interleaved(functions: dict, seconds: float) -> dict[str, float]:
-    """Median seconds of each; they take turns, so that a slow phase of the machine meets all of them."""
+    """Median seconds of each; they take turns, so that a slow phase of the machine meets all of them.
+
+    At least five rounds, or one where a round takes more than ten seconds. The caller has run each once before.
+    """
     times = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times[next(iter(times))]) < 3:
+    began = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() - began < (10.0 if rounds < 5 else seconds):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
+        rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
 
 
