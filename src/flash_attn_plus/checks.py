@@ -18,26 +18,27 @@ MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _require(condition, check, template: str, *args) -> None:
-    """Raise through torch's ``check`` (a symbolic condition becomes a guard or a run-time assertion)."""
-    if condition is not True:  # the common case costs one comparison: no message, no call into torch
-        check(condition, lambda: template.format(*args))
+def _fail(check, condition, template: str, args: tuple) -> None:
+    """Raise through torch's ``check``: a symbolic condition becomes a guard or a run-time assertion instead."""
+    check(condition, lambda: template.format(*(tuple(x.shape) if isinstance(x, Tensor) else x for x in args)))
+
+
+# What holds costs one call and one comparison: a message is made only to be raised, and shows tensors as their shapes.
 
 
 def _value(condition, template: str, *args) -> None:
-    _require(condition, torch._check_value, template, *args)
+    if condition is not True:
+        _fail(torch._check_value, condition, template, args)
 
 
 def _type(condition, template: str, *args) -> None:
-    _require(condition, torch._check_type, template, *args)
+    if condition is not True:
+        _fail(torch._check_type, condition, template, args)
 
 
 def _not_implemented(condition, template: str, *args) -> None:
-    _require(condition, torch._check_not_implemented, template, *args)
-
-
-def _shape(tensor: Tensor) -> tuple:
-    return tuple(tensor.shape)
+    if condition is not True:
+        _fail(torch._check_not_implemented, condition, template, args)
 
 
 def _expect_shape(name: str, tensor: Tensor, meaning: str, *expected) -> None:
@@ -49,14 +50,14 @@ def _expect_shape(name: str, tensor: Tensor, meaning: str, *expected) -> None:
         len(expected),
         meaning,
         tensor.dim(),
-        _shape(tensor),
+        tensor,
     )
     for size, want in zip(tensor.shape, expected, strict=True):
-        _value(size == want, "{}: expected shape {} = {}, got {}", name, meaning, expected, _shape(tensor))
+        _value(size == want, "{}: expected shape {} = {}, got {}", name, meaning, expected, tensor)
 
 
 def _expect_broadcastable(name: str, tensor: Tensor, meaning: str, *full) -> None:
-    _value(tensor.dim() == 4, "{}: expected 4 dimensions {}, got shape {}", name, meaning, _shape(tensor))
+    _value(tensor.dim() == 4, "{}: expected 4 dimensions {}, got shape {}", name, meaning, tensor)
     for size, want in zip(tensor.shape, full, strict=True):
         _value(
             (size == 1) | (size == want),  # not `or`: it would guard on the first of two symbolic conditions
@@ -64,13 +65,13 @@ def _expect_broadcastable(name: str, tensor: Tensor, meaning: str, *full) -> Non
             name,
             meaning,
             full,
-            _shape(tensor),
+            tensor,
         )
 
 
 def _expect_per_head(name: str, tensor: Tensor, batch, heads) -> None:
     """(h,) or (b, h)."""
-    _value(tensor.dim() in (1, 2), "{}: expected shape (heads,) or (batch, heads), got {}", name, _shape(tensor))
+    _value(tensor.dim() in (1, 2), "{}: expected shape (heads,) or (batch, heads), got {}", name, tensor)
     if tensor.dim() == 1:
         _expect_shape(name, tensor, "(heads,)", heads)
     else:
@@ -92,18 +93,18 @@ def _qkv(q: Tensor, k: Tensor, v: Tensor, heads_axis: int) -> None:
     heads, dim = q.shape[heads_axis:]
     for name, tensor in (("q", q), ("v", v)):
         size = tensor.shape[-1]
-        _value(size >= 1, "{}: expected head_dim of at least 1, got shape {}", name, _shape(tensor))
+        _value(size >= 1, "{}: expected head_dim of at least 1, got shape {}", name, tensor)
         _not_implemented(size <= MAX_HEAD_DIM, "{}: head_dim up to {} is implemented, got {}", name, MAX_HEAD_DIM, size)
-    _value(k.shape[-1] == dim, "k: expected head_dim {} (q's), got shape {}", dim, _shape(k))
+    _value(k.shape[-1] == dim, "k: expected head_dim {} (q's), got shape {}", dim, k)
     heads_k = k.shape[-2]
-    _value(heads_k >= 1, "k: expected at least one head, got shape {}", _shape(k))
-    _value(heads >= 1, "q: expected at least one head, got shape {}", _shape(q))
+    _value(heads_k >= 1, "k: expected at least one head, got shape {}", k)
+    _value(heads >= 1, "q: expected at least one head, got shape {}", q)
     _value(
         heads % heads_k == 0,
         "q: expected the number of heads to be a multiple of k's ({}), got {} (shape {})",
         heads_k,
         heads,
-        _shape(q),
+        q,
     )
 
 
@@ -146,7 +147,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> None:
             tensor.dim() == 4,
             "{}: expected 4 dimensions (batch, seqlen, heads, head_dim), got shape {}",
             name,
-            _shape(tensor),
+            tensor,
         )
     _qkv(q, k, v, 2)
     batch, seqlen_q, heads, _ = q.shape
@@ -163,24 +164,24 @@ def _int32(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant) -> None:
     """q (total_q, h, d), k (total_k, hk, d), v (total_k, hk, dv); k and v in pages where block_table is given."""
-    _value(q.dim() == 3, "q: expected 3 dimensions (total_q, heads, head_dim), got shape {}", _shape(q))
+    _value(q.dim() == 3, "q: expected 3 dimensions (total_q, heads, head_dim), got shape {}", q)
     paged = layout.block_table is not None
     axes = "(num_pages, page_size, heads_k, head_dim)" if paged else "(total_k, heads_k, head_dim)"
     for name, tensor in (("k", k), ("v", v)):
         want = 4 if paged else 3
-        _value(tensor.dim() == want, "{}: expected {} dimensions {}, got shape {}", name, want, axes, _shape(tensor))
+        _value(tensor.dim() == want, "{}: expected {} dimensions {}, got shape {}", name, want, axes, tensor)
     _qkv(q, k, v, 1)
     _expect_shape("v", v, axes, *k.shape[:-1], v.shape[-1])
 
     _value(
         layout.cu_seqlens_q.dim() == 1,
         "cu_seqlens_q: expected shape (batch + 1,), got {}",
-        _shape(layout.cu_seqlens_q),
+        layout.cu_seqlens_q,
     )
     _value(
         layout.cu_seqlens_q.shape[0] >= 1,
         "cu_seqlens_q: expected shape (batch + 1,) with at least one entry, got {}",
-        _shape(layout.cu_seqlens_q),
+        layout.cu_seqlens_q,
     )
     batch = layout.cu_seqlens_q.shape[0] - 1
     _int32("cu_seqlens_q", layout.cu_seqlens_q, q)
@@ -198,10 +199,10 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant) ->
         _value(
             layout.block_table.dim() == 2,
             "block_table: expected shape (batch, max_pages), got {}",
-            _shape(layout.block_table),
+            layout.block_table,
         )
         _expect_shape("block_table", layout.block_table, "(batch, max_pages)", batch, layout.block_table.shape[1])
-        _value(k.shape[1] >= 1, "k: expected a page_size of at least 1, got shape {}", _shape(k))
+        _value(k.shape[1] >= 1, "k: expected a page_size of at least 1, got shape {}", k)
         _not_implemented(layout.leftpad_k is None, "leftpad_k: expected None beside block_table, got a tensor")
     _variant(q, variant, batch, q.shape[1], layout.max_seqlen_q, layout.max_seqlen_k)
 
@@ -258,7 +259,7 @@ def _state(index: str, out: Tensor, lse: Tensor) -> None:
         out.dim() in (3, 4),
         "{}: expected shape (batch, seqlen, heads, head_dim) or (total, heads, head_dim), got {}",
         out_name,
-        _shape(out),
+        out,
     )
     if out.dim() == 4:
         _expect_shape(lse_name, lse, "(batch, heads, seqlen)", out.shape[0], out.shape[2], out.shape[1])
@@ -279,22 +280,22 @@ def combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | N
         out_partial.dim() in (4, 5),
         "out_partial: expected shape (splits, batch, seqlen, heads, head_dim) or (splits, total, heads, head_dim), "
         "got {}",
-        _shape(out_partial),
+        out_partial,
     )
     _value(
         lse_partial.dim() == out_partial.dim() - 1,
         "lse_partial: expected {} dimensions beside out_partial {}, got shape {}",
         out_partial.dim() - 1,
-        _shape(out_partial),
-        _shape(lse_partial),
+        out_partial,
+        lse_partial,
     )
     splits = out_partial.shape[0]
-    _value(splits >= 1, "out_partial: expected at least one split, got shape {}", _shape(out_partial))
+    _value(splits >= 1, "out_partial: expected at least one split, got shape {}", out_partial)
     _value(
         lse_partial.shape[0] == splits,
         "lse_partial: expected {} splits (out_partial's), got shape {}",
         splits,
-        _shape(lse_partial),
+        lse_partial,
     )
     _state("_partial", out_partial[0], lse_partial[0])
     if out_dtype is not None:
