@@ -111,7 +111,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_translations_are_all_found() -> None:
-    assert {page.name for page in TRANSLATED} == {"README.md", "architecture.md", "performance.md", "troubleshooting.md"}
+    assert {page.name for page in TRANSLATED} == {
+        "README.md",
+        "architecture.md",
+        "performance.md",
+        "troubleshooting.md",
+    }
 
 
 @pytest.mark.parametrize("page", named(list(TRANSLATED)))
