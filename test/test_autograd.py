@@ -425,12 +425,14 @@ class TestStates:
 
 
 def test_private_names_of_pytorch_are_there():
-    """What autograd.py takes from PyTorch without a promise: when one goes, this says which."""
+    """What autograd.py, autocast.py and cpu.py take from PyTorch without a promise: when one goes, this says which."""
     assert issubclass(autograd._Function, torch.autograd.function._SingleLevelFunction)
     for name in ("_AutoDispatchBelowAutograd", "_any_requires_grad", "_are_functorch_transforms_active"):
         assert hasattr(torch._C, name), name
     assert hasattr(torch.autograd.forward_ad, "_set_fwd_grad_enabled")
     assert isinstance(torch.autograd.forward_ad._current_level, int)
     assert callable(autograd._single_level)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        assert isinstance(getattr(torch.cpu, name)(), bool)
     for name in ("_ExcludeDispatchKeyGuard", "DispatchKeySet", "_get_privateuse1_backend_name"):
         assert hasattr(torch._C, name), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import runpy
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import flash_attn_plus
+from flash_attn_plus import native
 
 ROOT = Path(__file__).parent.parent
 FIND_TORCH = ROOT / "cmake" / "find_torch.py"
@@ -25,6 +27,20 @@ def requirements(table: str) -> set[str]:
     array = re.search(rf"^{re.escape(table)} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
     assert array is not None, f"pyproject.toml has no {table}"
     return {re.split(r"[<>=!~\[; ]", item)[0] for item in re.findall(r'"([^"]+)"', array[1])}
+
+
+def test_library_is_built_where_it_can_be():
+    """An install without it succeeds, and every test of the native kernel is then skipped: nothing else would tell."""
+    try:
+        importlib.metadata.distribution("flash-attn-plus")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("run from the source tree: the package is not installed")
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    include, why = runpy.run_path(str(FIND_TORCH))["find"]([Path(torch.__file__).parent])
+    if include is None:
+        pytest.skip(why)
+    assert native.loaded(), native.status()
 
 
 class TestFindTorch:

@@ -144,23 +144,8 @@ def backward(dout, q, k, v, out, lse, dlse, variant: Variant, need_dq: bool, nee
 
 
 def _dense_by_sequence(layout: Varlen, variant: Variant) -> bool:
-    """Whether each sequence may run as a dense problem of its own, by the native or the ATen kernel."""
+    """Whether sequences may run as dense problems, by the native or the ATen kernel."""
     return layout.block_table is None and _feature(variant) is None
-
-
-def _sequences(layout: Varlen):
-    """The (query rows, key rows) of each sequence, as slices."""
-    starts_q, starts_k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
-    for b in range(len(starts_q) - 1):
-        end_q, end_k = starts_q[b + 1], starts_k[b + 1]
-        start_k = starts_k[b]
-        if layout.seqused_q is not None:
-            end_q = starts_q[b] + int(layout.seqused_q[b])
-        if layout.seqused_k is not None:
-            end_k = start_k + int(layout.seqused_k[b])
-        if layout.leftpad_k is not None:
-            start_k += int(layout.leftpad_k[b])
-        yield slice(starts_q[b], end_q), slice(start_k, end_k)
 
 
 def varlen_forward(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant) -> tuple[Tensor, Tensor]:
@@ -170,10 +155,10 @@ def varlen_forward(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Var
     total, heads, _ = q.shape
     out = q.new_zeros((total, heads, v.shape[-1]))
     lse = q.new_full((heads, total), -torch.inf, dtype=checks.lse_dtype(q))
-    for rows, keys in _sequences(layout):
-        if rows.start < rows.stop:
-            out_b, lse_b = forward(q[None, rows], k[None, keys], v[None, keys], variant)
-            out[rows], lse[:, rows] = out_b[0], lse_b[0]
+    for run in rowblocks.runs(layout, k):
+        of_run = forward(run.queries(q), run.keys(k), run.keys(v), variant)
+        run.queries(out).copy_(of_run[0])
+        run.lse(lse).copy_(of_run[1])
     return out, lse
 
 
@@ -186,35 +171,36 @@ def varlen_backward(
         return rowblocks.varlen_backward(dout, q, k, v, out, lse, dlse, layout, variant, *needs)
     dq = q.new_zeros(q.shape if need_dq else 0)
     dk, dv = (t.new_zeros(t.shape if need_dkv else 0) for t in (k, v))
-    for rows, keys in _sequences(layout):
-        if rows.start < rows.stop and keys.start < keys.stop:
-            saved = (dout[None, rows], q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse[None, :, rows])
-            dq_b, dk_b, dv_b, _, _ = backward(*saved, None, variant, *needs)
-            if need_dq:
-                dq[rows] = dq_b[0]
-            if need_dkv:
-                dk[keys], dv[keys] = dk_b[0], dv_b[0]
+    for run in rowblocks.runs(layout, k):
+        saved = (run.queries(dout), run.queries(q), run.keys(k), run.keys(v), run.queries(out), run.lse(lse))
+        of_run = backward(*saved, None, variant, *needs)
+        if need_dq:
+            run.queries(dq).copy_(of_run[0])
+        if need_dkv:
+            run.keys(dk).copy_(of_run[1])
+            run.keys(dv).copy_(of_run[2])
     return dq, dk, dv, q.new_empty(0), q.new_empty(0)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
+    note = ""
     if layout is not None:
         checks.varlen_values(q, k, layout)
-    if layout is None:
-        choices = choose_forward(q, k, v, variant), choose_backward(q, k, v, None, variant)
-        note = ""
-    elif _dense_by_sequence(layout, variant):
-        rows, keys = next(iter(_sequences(layout)), (slice(0, 0), slice(0, 0)))
-        first = q[None, rows], k[None, keys], v[None, keys]
-        choices = choose_forward(*first, variant), choose_backward(*first, None, variant)
-        note = "\nsequences: one by one as dense problems (above: the first)"
-    elif layout.block_table is not None:
-        choices = _only_row_blocks("pages"), Choice("none", "the backward of paged keys is not implemented")
-        note = ""
-    else:
-        choices = (_only_row_blocks(_feature(variant)),) * 2
-        note = ""
-    lines = (
-        f"{what} {c.implementation}: {c.reason}" for what, c in zip(("forward: ", "backward:"), choices, strict=True)
+        if layout.block_table is not None:
+            return _explained(
+                _only_row_blocks("pages"), Choice("none", "the backward of paged keys is not implemented")
+            )
+        run = next(iter(rowblocks.runs(layout, k)), None)
+        if run is not None:
+            q, k, v = run.queries(q), run.keys(k), run.keys(v)
+        if _dense_by_sequence(layout, variant):
+            note = "sequences: as dense problems, neighbours of equal lengths together (above: the first)\n"
+    return _explained(choose_forward(q, k, v, variant), choose_backward(q, k, v, None, variant), note)
+
+
+def _explained(forward: Choice, backward: Choice, note: str = "") -> str:
+    return (
+        f"forward:  {forward.implementation}: {forward.reason}\n"
+        f"backward: {backward.implementation}: {backward.reason}\n"
+        f"{note}native library: {native.status()}"
     )
-    return "\n".join(lines) + note + f"\nnative library: {native.status()}"

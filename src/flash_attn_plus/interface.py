@@ -98,10 +98,26 @@ def _random_state(q: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
 
 
-def _four_dimensional(attn_bias: Tensor | None) -> Tensor | None:
+def _variant(
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    attn_bias: Tensor | None,
+    sink: Tensor | None,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    deterministic: bool,
+) -> Variant:
+    """The functions' options as the operators take them: windows as two ints, attn_bias with four dimensions."""
+    left, right = _window(window_size)
     while attn_bias is not None and attn_bias.dim() < 4:
         attn_bias = attn_bias.unsqueeze(0)
-    return attn_bias
+    return Variant(
+        *(softmax_scale, causal, left, right, None, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
+        deterministic,
+    )
 
 
 def _check_returns(return_attn_probs: bool, return_lse: bool) -> None:
@@ -145,21 +161,20 @@ def flash_attn_func(
     Shapes: out (batch, seqlen_q, heads, head_dim_v), lse (batch, heads, seqlen_q).
     """
     _check_returns(return_attn_probs, return_lse)
-    left, right = _window(window_size)
-    options = (
-        *(softmax_scale, causal, left, right, None, softcap, alibi_slopes),
-        *(_four_dimensional(attn_bias), sink, dropout_p, _random_state(q, dropout_p), deterministic),
+    rng_state = _random_state(q, dropout_p)
+    variant = _variant(
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
+        deterministic,
     )
-    out, lse = _fwd(q, k, v, *options)
+    out, lse = _fwd(q, k, v, *variant)
     if return_attn_probs:
-        return out, lse, _s_dmask("s_dmask", q, k, options)
+        return out, lse, _s_dmask("s_dmask", q, k, variant)
     return (out, lse) if return_lse else out
 
 
-def _s_dmask(function: str, q: Tensor, k: Tensor, options: tuple, *layout: Any) -> Tensor:
+def _s_dmask(function: str, q: Tensor, k: Tensor, variant: Variant, *layout: Varlen) -> Tensor:
     from . import reference
 
-    variant = Variant(*options)
     if variant.dropout_p == 0.0:
         return q.new_empty((0,))
     with torch.no_grad():
@@ -281,16 +296,16 @@ def flash_attn_varlen_func(
     (batch, heads, max_seqlen_q, max_seqlen_k).
     """
     _check_returns(return_attn_probs, return_lse)
-    left, right = _window(window_size)
-    layout = (cu_seqlens_q, cu_seqlens_k, _length(max_seqlen_q), _length(max_seqlen_k))
-    layout_options = (seqused_q, seqused_k, leftpad_k, block_table)
-    options = (
-        *(softmax_scale, causal, left, right, None, softcap, alibi_slopes),
-        *(_four_dimensional(attn_bias), sink, dropout_p, _random_state(q, dropout_p), deterministic),
+    rng_state = _random_state(q, dropout_p)
+    variant = _variant(
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
+        deterministic,
     )
-    out, lse = _varlen_fwd(q, k, v, *layout, *options, *layout_options)
+    lengths = (_length(max_seqlen_q), _length(max_seqlen_k))
+    layout = Varlen(cu_seqlens_q, cu_seqlens_k, *lengths, seqused_q, seqused_k, leftpad_k, block_table)
+    out, lse = _varlen_fwd(q, k, v, *layout[:4], *variant, *layout[4:])
     if return_attn_probs:
-        return out, lse, _s_dmask("varlen_s_dmask", q, k, options, Varlen(*layout, *layout_options))
+        return out, lse, _s_dmask("varlen_s_dmask", q, k, variant, layout)
     return (out, lse) if return_lse else out
 
 
@@ -415,13 +430,11 @@ def flash_attn_combine(
     Returns:
         (out, lse). Differentiable in out_partial and lse_partial.
     """
-    if out is not None and out_dtype is None:
-        out_dtype = out.dtype
-    combined, lse = _combine(out_partial, lse_partial, out_dtype)
     if out is None:
-        return combined, lse
-    if out.shape != combined.shape:
-        raise ValueError(f"out: expected shape {tuple(combined.shape)}, got {tuple(out.shape)}")
+        return _combine(out_partial, lse_partial, out_dtype)
+    if out.shape != out_partial.shape[1:]:
+        raise ValueError(f"out: expected shape {tuple(out_partial.shape[1:])}, got {tuple(out.shape)}")
+    combined, lse = _combine(out_partial, lse_partial, out_dtype or out.dtype)
     return out.copy_(combined), lse
 
 
@@ -457,13 +470,11 @@ def explain(
 
         >>> print(flash_attn_plus.explain(q, k, v, causal=True))
     """
-    left, right = _window(window_size)
-    rng_state = (
-        q.new_empty((2,), dtype=torch.int64) if dropout_p > 0.0 else None
-    )  # drawing one would change later calls
-    variant = Variant(
-        *(softmax_scale, causal, left, right, None, softcap, alibi_slopes),
-        *(_four_dimensional(attn_bias), sink, dropout_p, rng_state, deterministic),
+    # Any state has the right shape; drawing one would change every later random number.
+    rng_state = q.new_empty((2,), dtype=torch.int64) if dropout_p > 0.0 else None
+    variant = _variant(
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
+        deterministic,
     )
     if cu_seqlens_q is None:
         return library.explain(q, k, v, variant)

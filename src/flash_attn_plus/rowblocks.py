@@ -56,7 +56,7 @@ def varlen_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, variant: Var
     """out (total_q, h, dv) and lse (h, total_q) of q (total_q, h, d), k (total_k, hk, d) and v (total_k, hk, dv)."""
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = q.new_full((q.shape[1], q.shape[0]), MINUS_INF, dtype=computing_dtype(q))
-    for run in _runs(varlen, k):
+    for run in runs(varlen, k):
         attention = Attention.of(run.queries(q), run.keys(k), run.keys(v), variant, run.first)
         _forward(attention, run.queries(out), run.lse(lse))
     return out, lse
@@ -79,7 +79,7 @@ def varlen_backward(
     """``backward`` of a packed batch without pages; dsink is (batch, h)."""
     batch = varlen.cu_seqlens_q.numel() - 1
     grads = _Gradients.zeros(q, k, v, variant, batch, need_dq, need_dkv, need_dbias)
-    for run in _runs(varlen, k):
+    for run in runs(varlen, k):
         attention = Attention.of(run.queries(q), run.keys(k), run.keys(v), variant, run.first)
         of_run = grads._replace(dq=run.queries(grads.dq), dk=run.keys(grads.dk), dv=run.keys(grads.dv))
         _backward(attention, run.queries(dout), run.queries(out), run.lse(lse), run.lse(dlse), of_run)
@@ -161,7 +161,7 @@ def _backward(
             dropped = p
             if variant.dropout_p > 0:
                 factor = attention.keep(block).to(p.dtype)
-                factor *= 1.0 / (1.0 - variant.dropout_p) if variant.dropout_p < 1.0 else 0.0
+                factor *= 1.0 / (1.0 - variant.dropout_p)
                 dp.mul_(factor)
                 dropped = factor.mul_(p)
             if need_dkv:
@@ -265,7 +265,7 @@ def _rows(x: Tensor | None, start: int, n: int, length: int) -> Tensor | None:
     return None if x is None else x.narrow(0, start, n * length).unflatten(0, (n, length))
 
 
-def _runs(varlen: Varlen, k: Tensor) -> Iterator[_Run]:
+def runs(varlen: Varlen, k: Tensor) -> Iterator[_Run]:
     """All sequences; neighbours of equal lengths together: many short ones cost what they cost in a dense batch."""
     run: _Run | None = None
     for sequence in _sequences(varlen, k):
