@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench
+# make demo · make test · make lint · make bench · make compile-gate
 #
 # The first run makes a virtual environment in .venv; later ones find it. ARGS passes options on:
 #   make test ARGS="-k native -x"
@@ -23,14 +23,26 @@ endif
 
 WORKERS := 2
 
-.PHONY: demo test lint bench
+# The oldest Triton that is supported, beside the one in the environment: the compile gate compiles with both.
+OLD_TRITON := build/triton-3.6.0
+
+.PHONY: demo test lint bench compile-gate
 .DELETE_ON_ERROR:
 
 demo: $(SETUP)
 	"$(PYTHON)" examples/train_gpt.py $(ARGS)
 
+# Every plan of plan.py for every target, with no GPU, by the newest and the oldest Triton.
+compile-gate: $(SETUP) $(OLD_TRITON)
+	"$(PYTHON)" -m pytest -n $(WORKERS) test/test_compile_gate.py $(ARGS)
+
+$(OLD_TRITON):
+	rm -rf "$@.part"
+	"$(PYTHON)" -m pip install -q --no-deps --target "$@.part" "triton==$(patsubst build/triton-%,%,$@)"
+	mv "$@.part" "$@"
+
 # Two workers; each takes its part of the cores (test/conftest.py). NumPy's own threads would only be in their way.
-test: $(SETUP)
+test: $(SETUP) $(if $(filter Linux,$(shell uname -s)),$(if $(SETUP),$(OLD_TRITON)))
 	OPENBLAS_NUM_THREADS=1 "$(PYTHON)" -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(SETUP)

@@ -6,6 +6,8 @@ plus a rounding floor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from cases import Case, Problem
 from torch import Tensor
@@ -141,13 +143,20 @@ def random_gradients(out: Tensor, lse: Tensor, loss: str = "out lse") -> Douts:
     )
 
 
-def check_problem(problem: Problem, name: str, loss: str = "out lse", lse_maths: torch.dtype | None = None) -> None:
+def check_problem(
+    problem: Problem,
+    name: str,
+    loss: str = "out lse",
+    lse_maths: torch.dtype | None = None,
+    run: Callable[[Problem], tuple[Tensor, Tensor]] = run_op,
+) -> None:
     """The operator against the oracle: out, lse and all gradients of a ``loss`` of both ("" is forward only).
 
-    ``lse_maths`` holds lse to the error of that dtype's maths instead of the tested one's.
+    ``lse_maths`` holds lse to the error of that dtype's maths instead of the tested one's; ``run`` is what runs
+    instead of the operator.
     """
     dtype = problem.q.dtype
-    outputs = run_op(problem)
+    outputs = run(problem)
     out, lse = outputs
     assert out.dtype == dtype, f"{name}: out: expected dtype {dtype}, got {out.dtype}"
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -173,11 +182,16 @@ def check_problem(problem: Problem, name: str, loss: str = "out lse", lse_maths:
 
 
 def check_case(
-    case: Case, device: str, dtype: torch.dtype, loss: str = "out lse", lse_maths: torch.dtype | None = None
+    case: Case,
+    device: str,
+    dtype: torch.dtype,
+    loss: str = "out lse",
+    lse_maths: torch.dtype | None = None,
+    run: Callable[[Problem], tuple[Tensor, Tensor]] = run_op,
 ) -> None:
     """One row of cases.py on one device in one dtype, forward and (unless it is forward only) backward."""
     loss = "" if case.forward_only else loss
-    check_problem(case.make(device, dtype, requires_grad=bool(loss)), case.name, loss, lse_maths)
+    check_problem(case.make(device, dtype, requires_grad=bool(loss)), case.name, loss, lse_maths, run)
 
 
 def _results(problem: Problem, dtype: torch.dtype | None, douts: Douts | None) -> dict[str, Tensor]:

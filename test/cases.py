@@ -250,6 +250,10 @@ SHAPES = [
     Case("mqa", heads=5, heads_k=1, causal=True),
     Case("wider_v", dim=32, dim_v=80),
     Case("narrower_v", dim=80, dim_v=16),
+    # Unaligned: k and v go through one buffer in shared memory.
+    Case("narrower_v_sliced", dim=64, dim_v=32, layout="sliced"),
+    Case("narrow_v_sliced", dim=60, dim_v=10, layout="sliced", causal=True),
+    Case("wider_v_sliced", dim=24, dim_v=200, layout="sliced"),
     Case("dim_1", dim=1),
     Case("dim_59", dim=59, causal=True),
     Case("dim_111", dim=111),

@@ -121,9 +121,9 @@ slopes in half precision -> TypeError: alibi_slopes: expected dtype torch.float3
 slopes of the wrong length -> ValueError: alibi_slopes: expected shape (heads,) = (4,), got (2,)
 slopes with 3 dimensions -> ValueError: alibi_slopes: expected shape (heads,) or (batch, heads), got (2, 4, 1)
 slopes of the wrong batch -> ValueError: alibi_slopes: expected shape (batch, heads) = (2, 4), got (3, 4)
-sink of integers -> TypeError: sink: expected a floating dtype, got torch.int64
+sink of integers -> TypeError: sink: expected a floating dtype of 16, 32 or 64 bits, got torch.int64
 sink of the wrong length -> ValueError: sink: expected shape (heads,) = (4,), got (5,)
-bias of integers -> TypeError: attn_bias: expected a floating dtype or torch.bool (True keeps), got torch.int64
+bias of integers -> TypeError: attn_bias: expected a floating dtype of 16, 32 or 64 bits or torch.bool (True keeps), got torch.int64
 bias of the wrong keys -> ValueError: attn_bias: expected each dimension of (batch, heads, seqlen_q, seqlen_k) = (2, 4, 5, 6) or 1, got (1, 1, 5, 7)
 bias with 5 dimensions -> ValueError: attn_bias: expected 4 dimensions (batch, heads, seqlen_q, seqlen_k), got shape (1, 1, 1, 5, 6)""",
         )

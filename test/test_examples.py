@@ -1,4 +1,4 @@
-"""The demo runs, writes what it says, and its check notices a wrong attention."""
+"""The demo and the GPU benchmark run, write what they say, and notice a wrong attention."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from flash_attn_plus import flash_attn_func
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+BENCHMARK = EXAMPLES.parent / "benchmark"
 TINY = "--device cpu --no-compile --steps 6 --batch 2 --seq 32 --layers 1 --heads 2 --kv-heads 1 --dim 32 --sample 20"
 
 
@@ -39,10 +40,14 @@ def fit(train_gpt):
     return run
 
 
-def _run(*options, out):
-    command = [sys.executable, str(EXAMPLES / "train_gpt.py"), *TINY.split(), "--out", str(out), *options]
+def _python(*command):
     path = os.pathsep.join(filter(None, [str(EXAMPLES.parent / "src"), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False)
+
+
+def _run(*options, out):
+    return _python(str(EXAMPLES / "train_gpt.py"), *TINY.split(), "--out", str(out), *options)
 
 
 def test_train_gpt_writes_its_results(tmp_path):
@@ -156,3 +161,82 @@ def test_wrong_options_are_told_by_name(train_gpt, capsys, option, message):
     with pytest.raises(SystemExit):
         train_gpt.parse(option.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    return importlib.import_module("attention")
+
+
+def test_benchmark_writes_its_results(tmp_path):
+    done = _python(BENCHMARK / "attention.py", "--device=cpu", "--backward", "--commit=abc123", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "attention.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ours = [row for row in rows if row["implementation"] == "ours"]
+    assert len(ours) == 5 * 2 + 3  # problems in two directions, and the host times
+    assert all(float(row["error"]) < 2e-2 and float(row["us"]) > 0 and row["commit"] == "abc123" for row in ours)
+    assert (tmp_path / "attention.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+    assert "| problem | what | ours | fa2 | kernel |" in done.stdout
+    assert "ours / fa2, backward: geometric mean" in done.stdout
+    assert done.stdout.count("Could not run 'aten::_flash_attention_forward'") == 1
+
+
+def _scaled(factor):
+    return lambda problem, device: lambda q, k, v: factor * flash_attn_func(q, k, v, causal=problem.causal)
+
+
+def _raising(problem, device):
+    raise RuntimeError("no such kernel\nsecond line")
+
+
+def test_benchmark_shows_no_speed_of_wrong_values(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "CHUNK", 2 * 64 * 20)  # several blocks of rows, the last one shorter
+    prepared = {"ours": _scaled(1.0), "louder": _scaled(1.03), "nothing": _scaled(torch.nan), "broken": _raising}
+    for name, prepare in prepared.items():
+        monkeypatch.setitem(bench.PEERS, name, bench.Peer(name, bench.Call(prepare), gpu_only=False))
+    monkeypatch.setitem(bench.PEERS, "missing", bench.Peer("missing", bench.Call(_raising), None, "no_such", False))
+    argv = "--device cpu --rounds 1 --backward --only s64 --peers ours,louder,nothing,broken,missing"
+    assert bench.main(argv.split()) == 0
+    shown = capsys.readouterr().out
+    for mask in ("full", "causal"):
+        for direction, last in (("forward", "raised"), ("backward", "")):
+            rows = (line.split(" | ") for line in shown.splitlines() if f"| d64 s64 {mask} | {direction} |" in line)
+            _, _, ours, *others = next(rows)  # of the first table, the speeds
+            assert float(ours) > 0 and others[:4] == ["wrong", "wrong", last, ""]
+    assert shown.count("RuntimeError: no such kernel (d64 s64 full, forward; and 1 more)") == 1
+    assert shown.count("missing is absent: ModuleNotFoundError") == 1
+    monkeypatch.setitem(bench.PEERS, "ours", bench.Peer("ours", bench.Call(_scaled(1.03)), gpu_only=False))
+    assert bench.main([*argv.split()[:-1], "ours"]) == 1
+    assert "FAILED: ours is wrong or raised in 4 rows" in capsys.readouterr().out
+
+
+def test_benchmark_counts_the_true_work(bench):
+    names = [problem.name for problem in bench.GPU]
+    assert len(set(names)) == len(names) == 14
+    full, causal = bench.GPU[4:6]
+    assert full.name == "d128 s4096 full"
+    assert full.flops("forward") == 4 * 4 * 16 * 4096**2 * 128 == 2 * causal.flops("forward")
+    assert full.flops("backward") == 2.5 * full.flops("forward")
+    assert sum(bench.UNEVEN) == 16384
+    even, packed = bench.GPU[10:12]
+    assert packed.varlen and not even.varlen and even.flops("forward") == packed.flops("forward")
+    assert packed.offsets("cpu").tolist() == list(range(0, 16385, 2048))
+
+
+def test_benchmark_summary_and_ratios(bench):
+    names = ("d128 s2048 causal", "d128 varlen 8x2048 causal", "d64 s64 full")
+    speeds = {"ours": (400.0, 300.0, 100.0), "fa2": (100.0, 300.0, "raised"), "fa4": (500.0, "", "")}
+    records = [
+        bench.record(problem, "forward", name, **{"TFLOP/s": value})
+        for name, values in speeds.items()
+        for problem, value in zip(names, values, strict=True)
+    ]
+    rows = bench.speeds(records, list(speeds))
+    assert [row[-2:] for row in rows[1:]] == [["4.00", "0.80"], ["1.00", "1.00"], ["", ""]]
+    assert bench.summary(records) == [
+        "ours / fa2, forward: geometric mean 2.00 over 2 rows, smallest 1.00 (d128 varlen 8x2048 causal)",
+        "varlen / dense of the same sequences, forward, ours: 0.75 (d128 varlen 8x2048 causal)",
+        "varlen / dense of the same sequences, forward, fa2: 3.00 (d128 varlen 8x2048 causal)",
+    ]

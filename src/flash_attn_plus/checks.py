@@ -127,13 +127,13 @@ def _variant(q: Tensor, variant: Variant, batch, heads, max_q, max_k) -> None:
         _expect_per_head("alibi_slopes", slopes, batch, heads)
         _expect_device("alibi_slopes", slopes, q)
     if (sink := variant.sink) is not None:
-        _type(sink.is_floating_point(), "sink: expected a floating dtype, got {}", sink.dtype)
+        _type(sink.dtype in _DTYPES, "sink: expected a floating dtype of 16, 32 or 64 bits, got {}", sink.dtype)
         _expect_per_head("sink", sink, batch, heads)
         _expect_device("sink", sink, q)
     if (bias := variant.attn_bias) is not None:
         _type(
-            bias.dtype == torch.bool or bias.is_floating_point(),
-            "attn_bias: expected a floating dtype or torch.bool (True keeps), got {}",
+            bias.dtype == torch.bool or bias.dtype in _DTYPES,
+            "attn_bias: expected a floating dtype of 16, 32 or 64 bits or torch.bool (True keeps), got {}",
             bias.dtype,
         )
         _expect_broadcastable("attn_bias", bias, "(batch, heads, seqlen_q, seqlen_k)", batch, heads, max_q, max_k)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import checks, native, rowblocks, states
 from .schemas import Variant, Varlen, band
+from .strides import contiguous_rows
 
 combine = states.combine
 merge_states = states.merge_states
@@ -110,16 +111,11 @@ def choose_backward(q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None, varian
     return Choice("row blocks", f"native: it has no backward; aten: {not_aten}")
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Both kernels want a contiguous last dimension; every other stride may be anything."""
-    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
     implementation = choose_forward(q, k, v, variant).implementation
     if implementation == "row blocks":
         return rowblocks.forward(q, k, v, variant)
-    q, k, v, scale = _rows(q), _rows(k), _rows(v), _scale(q, variant)
+    q, k, v, scale = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), _scale(q, variant)
     left, right, diagonal = band(variant, q.shape[1], k.shape[1])
     if implementation == "native":
         return torch.ops.flash_attn_plus._cpu_forward.default(q, k, v, scale, left, right, diagonal)
@@ -132,7 +128,7 @@ def backward(dout, q, k, v, out, lse, dlse, variant: Variant, need_dq: bool, nee
     if choose_backward(q, k, v, dlse, variant).implementation == "row blocks":
         return rowblocks.backward(dout, q, k, v, out, lse, dlse, variant, need_dq, need_dkv, need_dbias)
     _, right, _ = band(variant, q.shape[1], k.shape[1])
-    heads_first = (_rows(tensor.to(q.dtype)).transpose(1, 2) for tensor in (dout, q, k, v, out))
+    heads_first = (contiguous_rows(tensor.to(q.dtype)).transpose(1, 2) for tensor in (dout, q, k, v, out))
     # Rows that the caller marks as padding have lse -inf; with +inf all of their weights are exactly 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     grads = _aten_backward(*heads_first, lse, 0.0, right == 0, scale=_scale(q, variant))

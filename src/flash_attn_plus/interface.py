@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import library
+from .autograd import call as call_operator
 from .schemas import Variant, Varlen
 
 _fwd = library.overload("fwd")
@@ -82,7 +83,12 @@ def _length(value: Any) -> Any:
     return int(value) if isinstance(value, Tensor) else value
 
 
+_NO_WINDOW = (-1, -1)
+
+
 def _window(window_size: Sequence) -> tuple[Any, Any]:
+    if window_size is _NO_WINDOW:
+        return _NO_WINDOW
     if len(window_size) != 2:
         raise ValueError(f"window_size: expected (left, right), got {window_size}")
     left, right = (-1 if side is None else _length(side) for side in window_size)
@@ -140,7 +146,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
+    window_size: Sequence[int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -166,7 +172,7 @@ def flash_attn_func(
         *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
         deterministic,
     )
-    out, lse = _fwd(q, k, v, *variant)
+    out, lse = call_operator(_fwd, q, k, v, *variant)
     if return_attn_probs:
         return out, lse, _s_dmask("s_dmask", q, k, variant)
     return (out, lse) if return_lse else out
@@ -188,7 +194,7 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
+    window_size: Sequence[int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -223,7 +229,7 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
+    window_size: Sequence[int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -263,7 +269,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
+    window_size: Sequence[int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -303,7 +309,7 @@ def flash_attn_varlen_func(
     )
     lengths = (_length(max_seqlen_q), _length(max_seqlen_k))
     layout = Varlen(cu_seqlens_q, cu_seqlens_k, *lengths, seqused_q, seqused_k, leftpad_k, block_table)
-    out, lse = _varlen_fwd(q, k, v, *layout[:4], *variant, *layout[4:])
+    out, lse = call_operator(_varlen_fwd, q, k, v, *layout[:4], *variant, *layout[4:])
     if return_attn_probs:
         return out, lse, _s_dmask("varlen_s_dmask", q, k, variant, layout)
     return (out, lse) if return_lse else out
@@ -320,7 +326,7 @@ def flash_attn_varlen_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
+    window_size: Sequence[int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -358,7 +364,7 @@ def flash_attn_varlen_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
+    window_size: Sequence[int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -445,7 +451,7 @@ def explain(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
+    window_size: Sequence[int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, native
+from . import checks, device, native
 from .schemas import NAMESPACE, SCHEMAS, Variant, Varlen
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -151,9 +151,9 @@ def parse(name: str, args: tuple) -> tuple:
     return _OPERATORS[name].parse(*args)
 
 
-# The module that implements the operators under a dispatch key. Any device without kernels of its own runs
-# plain PyTorch in blocks of rows: right everywhere, fast nowhere.
-BACKENDS = {"CPU": "cpu", "CompositeExplicitAutograd": "anywhere"}
+# The module that implements the operators under a dispatch key (PyTorch for ROCm uses the key CUDA too). Any device
+# without kernels of its own runs plain PyTorch in blocks of rows: right everywhere, fast nowhere.
+BACKENDS = {"CPU": "cpu", "CUDA": "gpu", "CompositeExplicitAutograd": "anywhere"}
 
 
 def _fake(name: str) -> Callable:
@@ -167,19 +167,77 @@ def _fake(name: str) -> Callable:
     return fake
 
 
-def _device_kernel(name: str, module: str) -> Callable:
-    parse, check, _, attribute = _OPERATORS[name]
+_REMEMBERED = 4096
 
-    @functools.cache
-    def load() -> Callable:
-        return getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
+
+def _signature(args: tuple) -> tuple | None:
+    """All that checks and the choice of a kernel depend on. Values of tensors are not: they are never read there.
+
+    None for tensors without strides or without an address, which have nothing to remember.
+    """
+    try:
+        described = [
+            (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args
+        ]
+    except RuntimeError:
+        return None
+    if args[0].dtype is torch.float32:
+        described.append(device.allows_tf32())
+    return tuple(described)
+
+
+def _device_kernel(name: str, module: str) -> Callable:
+    """The kernel of a dispatch key: arguments that differ from earlier ones in values alone skip what these passed.
+
+    A device's module may have ``prepare_forward`` beside ``forward`` (and so on): it takes the same arguments, decides
+    all that their signature decides, and returns what then runs in place of ``forward``.
+    """
+    parse, check, _, attribute = _OPERATORS[name]
+    remembered: dict[tuple, Callable] = {}
+
+    def prepared(structured: tuple) -> Callable:
+        check(*structured)
+        implementation = importlib.import_module(f"{__package__}.{module}")
+        prepare = getattr(implementation, f"prepare_{attribute}", None)
+        return prepare(*structured) if prepare else getattr(implementation, attribute)
 
     def kernel(*args):
-        structured = parse(*bind(name, args))
-        check(*structured)
-        return load()(*structured)
+        structured, signature = parse(*bind(name, args)), _signature(args)
+        run = remembered.get(signature)
+        if run is None:
+            run = prepared(structured)
+            if len(remembered) >= _REMEMBERED:
+                remembered.clear()
+            if signature is not None:
+                remembered[signature] = run
+        return run(*structured)
 
     return kernel
+
+
+# Keys of devices that a vendor's PyTorch can bring and Triton may compile for.
+_VENDOR_KEYS = ("XPU", "PrivateUse1", "MTIA", "HPU")
+
+
+def register_device(dispatch_key: str) -> None:
+    """Let the Triton kernels serve another device: "XPU", "PrivateUse1" (NPU, MUSA, MLU, ...), "MTIA" or "HPU".
+
+    For a vendor's PyTorch, whose package calls it once. Without it such a device runs row blocks.
+
+    Raises:
+        ValueError: another key, or one that has its kernels already.
+    """
+    if dispatch_key not in _VENDOR_KEYS:
+        raise ValueError(f"dispatch_key: expected one of {', '.join(_VENDOR_KEYS)}, got {dispatch_key!r}")
+    if dispatch_key in BACKENDS:
+        raise ValueError(f"dispatch_key: {dispatch_key!r} is registered already")
+    for name in _OPERATORS:
+        _library.impl(name, _device_kernel(name, "gpu"), dispatch_key)
+    BACKENDS[dispatch_key] = "gpu"
+
+
+def _dispatch_key(of: torch.device) -> str:
+    return "PrivateUse1" if of.type == torch._C._get_privateuse1_backend_name() else of.type.upper()
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
@@ -188,7 +246,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | 
         checks.dense(q, k, v, variant)
     else:
         checks.varlen(q, k, v, layout, variant)
-    module = BACKENDS.get(q.device.type.upper(), BACKENDS["CompositeExplicitAutograd"])
+    module = BACKENDS.get(_dispatch_key(q.device), BACKENDS["CompositeExplicitAutograd"])
     return importlib.import_module(f"{__package__}.{module}").explain(q, k, v, variant, layout)
 
 

@@ -1,0 +1,65 @@
+"""What hardware this is: the only place that asks."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The compiler's name of a device's architecture: "sm_90", "gfx942". Others: the name of the device type."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def has_tf32(device: torch.device) -> bool:
+    """Whether Triton multiplies float32 matrices in TF32 there."""
+    return device.type == "cuda" and not torch.version.hip
+
+
+def allows_tf32() -> bool:
+    """Whether float32 matrix products may be rounded to TF32: ``torch.set_float32_matmul_precision`` and its heirs."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set per backend (torch.backends.*.fp32_precision), where the old question has no answer
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether kernels are launched there now."""
+    if device.type == "cuda":
+        return torch.cuda.current_device() == device.index
+    return device.type == "cpu" or torch.accelerator.current_device_index() == device.index
+
+
+def current(device: torch.device):
+    """A context in which kernels are launched there."""
+    return torch.accelerator.device_index(device.index)
+
+
+def quick_empty(device: torch.device):
+    """(shape, strides, dtype) -> tensor on the current device of that type: what compiled graphs allocate with, at
+    less than half the price of ``torch.empty_strided``. None where PyTorch has none.
+    """
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    return getattr(guards, f"_empty_strided_{device.type}", None)
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """Why Triton kernels cannot be compiled here, or None."""
+    try:
+        import triton
+    except Exception as error:  # a broken installation raises anything
+        return f"Triton cannot be imported ({type(error).__name__}: {error})"
+    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return f"Triton {triton.__version__} is older than 3.6"
+    return None

@@ -1,0 +1,1 @@
+"""Triton kernels. Importing this package imports nothing; its modules need Triton."""

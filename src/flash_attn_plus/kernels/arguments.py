@@ -1,0 +1,145 @@
+"""What the arguments of an operator are to a kernel: named tuples of numbers and pointers, strides, a plan."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .. import device, plan
+from ..schemas import Variant, Varlen, band
+from ..strides import has_contiguous_rows, strides_of
+from . import scores, tiles
+
+# Farther than any row is from any column, and small enough that three of them add up in 32 bits.
+_FARTHEST = 1 << 29
+
+
+class Result:
+    """A contiguous tensor that a kernel fills, on the current device."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, on: torch.device) -> None:
+        strides = torch.empty(shape, dtype=dtype, device="meta").stride()
+        self._empty = functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=on)
+        quick = device.quick_empty(on)
+        self._quick = functools.partial(quick, shape, strides, dtype) if quick else self._empty
+
+    def empty(self) -> Tensor:
+        # PyTorch's own function fills with NaN where it is told to.
+        return self._empty() if torch.are_deterministic_algorithms_enabled() else self._quick()
+
+
+def layout(q: Tensor, k: Tensor, varlen: Varlen | None) -> tuple:
+    """A kernel's arguments from ``batch`` to ``layout``."""
+    of_batch = _layout(q, k, varlen)
+    return *of_batch[:3], tuple(of_batch[3:])
+
+
+def options(q: Tensor, variant: Variant, longest: tuple[int, int]) -> tuple:
+    """A kernel's arguments from ``diagonal`` to ``bias``. ``longest`` bounds the rows and columns of a bias."""
+    of_call, bias = _variant(q, variant), variant.attn_bias
+    if bias is not None:
+        bias = scores.Bias(bias, *strides_of(bias, (0, 1, 2, 3)), *longest)
+    return *of_call[:3], tuple(of_call[3:]), bias
+
+
+def _layout(q: Tensor, k: Tensor, varlen: Varlen | None) -> tiles.Layout:
+    if varlen is None:
+        return tiles.Layout(q.shape[0], q.shape[1], k.shape[1], q.shape[2])
+    table = varlen.block_table
+    lists = (varlen.cu_seqlens_q, varlen.cu_seqlens_k, varlen.seqused_q, varlen.seqused_k, varlen.leftpad_k, table)
+    pages = ()
+    if table is not None:  # no pages: no table, whatever it holds
+        pages = (table.shape[1] if k.shape[0] else 0, table.shape[1], k.shape[0], k.shape[1])
+    batch = varlen.cu_seqlens_q.shape[0] - 1
+    return tiles.Layout(batch, q.shape[0], k.shape[0], q.shape[1], *map(_contiguous, lists), *pages)
+
+
+def _variant(q: Tensor, variant: Variant) -> scores.Variant:
+    scale = q.shape[-1] ** -0.5 if variant.softmax_scale is None else variant.softmax_scale
+    unit = math.log2(math.e) * scale
+    # A scale that is not positive turns a maximum over; one that vanishes in float32 makes NaN of -inf.
+    explicit = bends(variant) or not ctypes.c_float(unit).value > 0.0
+    left, right, _ = band(variant, 0, 0)
+    diagonal = 0 if variant.diagonal is None else variant.diagonal
+    near = _distance(diagonal)
+    slopes, sink, dropout_p = variant.alibi_slopes, variant.sink, variant.dropout_p
+    dropout = {}
+    if dropout_p > 0.0:
+        threshold = int(dropout_p * 2**32)
+        dropout = dict(
+            rng_state_ptr=variant.rng_state.contiguous(),
+            # The same 32 bits as a signed number: its type does not depend on its value.
+            dropout_threshold=threshold - ((threshold >> 31) << 32),
+            dropout_scale=1.0 / (1.0 - dropout_p),
+        )
+    return scores.Variant(
+        scale=scale if explicit else None,
+        unit=None if explicit else unit,
+        unit_rest=unit - ctypes.c_float(unit).value if q.dtype == torch.float32 and not explicit else None,
+        diagonal=None if variant.diagonal is None else near,
+        # Where the window ends is what counts: clamped together with the diagonal, and told as a distance from it.
+        window_left=near - _distance(diagonal - left) if left >= 0 else None,
+        window_right=_distance(diagonal + right) - near if right >= 0 else None,
+        softcap=variant.softcap if variant.softcap > 0.0 else None,
+        slopes_ptr=_contiguous(slopes),
+        stride_slopes_batch=_per_batch(slopes),
+        sink_ptr=_contiguous(sink),
+        stride_sink_batch=_per_batch(sink),
+        **dropout,
+    )
+
+
+def bends(variant: Variant) -> bool:
+    """Whether anything but the scale stands between the products and the softmax."""
+    return variant.softcap > 0.0 or variant.alibi_slopes is not None or variant.attn_bias is not None
+
+
+def _distance(value: int) -> int:
+    return max(-_FARTHEST, min(value, _FARTHEST))
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _per_batch(tensor: Tensor | None) -> int | None:
+    """Elements of (h,) or (b, h) from one sequence to the next."""
+    return None if tensor is None else tensor.shape[1] if tensor.dim() == 2 else 0
+
+
+def plan_of(q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None) -> plan.Plan:
+    return plan.forward(
+        plan.Problem(
+            arch=device.architecture(q.device),
+            itemsize=q.element_size(),
+            head_dim=max(q.shape[-1], v.shape[-1]),
+            seqlen_q=q.shape[1] if varlen is None else varlen.max_seqlen_q,
+            options=bends(variant) or variant.dropout_p > 0.0,
+        )
+    )
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of (batch or page, row, head), of the copy that is made of a tensor without contiguous rows; a packed tensor has
+    no batch.
+    """
+    if not has_contiguous_rows(x):
+        x = x.new_empty(x.shape, device="meta")
+    return strides_of(x, (0, 1, 2)) if x.dim() == 4 else (0, *strides_of(x, (0, 1)))
+
+
+def precision(q: Tensor) -> str:
+    """Of float32 products."""
+    return "tf32" if q.dtype == torch.float32 and device.has_tf32(q.device) and device.allows_tf32() else "ieee"
+
+
+def is_wide(variant: Variant, stride_out: int, *of_tensors: tuple[int, int, int]) -> bool:
+    """Whether offsets inside a tile, of its last row and its last column, may leave 32 bits."""
+    inside = [stride_out, *(row for _, row, _ in of_tensors)]
+    if variant.attn_bias is not None:
+        inside += strides_of(variant.attn_bias, (2, 3))
+    return max(inside) >= 2**31 // (2 * plan.MOST_ROWS)

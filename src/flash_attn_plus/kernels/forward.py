@@ -1,0 +1,256 @@
+"""The forward: one Triton kernel for dense, packed and paged attention, on every device that Triton compiles for.
+
+A program owns BLOCK_M query rows of one head and walks over the keys that they see, block by block, with an online
+softmax. Dao: "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import device, plan
+from ..schemas import Variant, Varlen
+from ..strides import contiguous_rows, has_contiguous_rows
+from . import arguments, scores, softmax, tiles
+from .launch import Launch
+
+
+@triton.jit
+def _attend(
+    state,
+    q,
+    k_ptr,
+    v_ptr,
+    strides_k,
+    strides_v,
+    begin,
+    end,
+    first_row,
+    sequence,
+    head,
+    layout,
+    variant,
+    bias,
+    MASK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Take the keys [begin, end) into (sum of values, maximum, total). MASK: not every row sees all of them."""
+    values, maximum, total = state
+    k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
+    v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
+    for start in tl.range(begin, end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        if layout.block_table_ptr is None:
+            k_ptrs = tiles.row_start(k_ptr, start, strides_k) + k_offsets
+            v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
+        else:
+            k_ptrs = k_ptr + tiles.paged_offsets(columns, sequence, layout, strides_k, BLOCK_D)
+            v_ptrs = v_ptr + tiles.paged_offsets(columns, sequence, layout, strides_v, BLOCK_DV)
+        # (BLOCK_N, BLOCK_D)
+        k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, MASK)
+        # (BLOCK_M, BLOCK_N)
+        products = tl.dot(q, k.T, input_precision=PRECISION)
+        s = scores.scores(
+            products,
+            first_row,
+            start,
+            sequence,
+            head,
+            variant,
+            bias,
+            MASK,
+            BLOCK_M,
+            BLOCK_N,
+            q.dtype == tl.float32,
+            WIDE,
+        )
+        weights, factor, maximum, total = softmax.update(
+            s, variant.unit, variant.unit_rest, maximum, total, MASK or bias is not None
+        )
+        if variant.dropout_threshold is not None:
+            weights = tl.where(scores.keep(first_row, start, head, variant, BLOCK_M, BLOCK_N), weights, 0.0)
+        # (BLOCK_N, BLOCK_DV)
+        v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, MASK)
+        values = tl.dot(weights.to(v.dtype), v, values * factor[:, None], input_precision=PRECISION)
+    return values, maximum, total
+
+
+# Lengths and windows vary from call to call: a kernel for each of their divisors would gain nothing. Triton obeys for
+# arguments only, not for what is in a tuple.
+@triton.jit(
+    do_not_specialize=["group", "batch", "rows_q", "rows_k", "diagonal", "window_left", "window_right"],
+)
+def forward_kernel(
+    q_ptr,  # (batch, rows, heads, HEAD_DIM), or (rows, heads, HEAD_DIM) and so on where the batch is packed
+    k_ptr,  # (pages, page_size, heads_k, HEAD_DIM) where the keys are in pages
+    v_ptr,
+    out_ptr,  # contiguous
+    lse_ptr,  # float32, contiguous
+    strides_q,  # of (batch, row, head); 0 for an axis that is not there
+    strides_k,
+    strides_v,
+    group,  # query heads that share a key head
+    batch,
+    rows_q,
+    rows_k,
+    layout,  # the rest of a Layout
+    diagonal,
+    window_left,
+    window_right,
+    variant,  # the rest of a Variant
+    bias,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
+    WIDE: tl.constexpr,  # a tile spans more than 2**31 elements
+):
+    layout = tiles.Layout(batch, rows_q, rows_k, *layout)
+    variant = scores.Variant(diagonal, window_left, window_right, *variant)
+    sequence, head_q, first_row = tiles.query_tile(
+        tl.program_id(0), layout, BLOCK_M, LAST_FIRST=variant.window_right is not None
+    )
+    if first_row >= sequence.query_rows:
+        return
+    head = scores.head_of(sequence, head_q, layout.heads, variant, bias)
+    rows = first_row + tl.arange(0, BLOCK_M)
+
+    # (BLOCK_M, BLOCK_D)
+    q_ptr = tiles.head_start(q_ptr, sequence.batch, head_q, strides_q)
+    q_ptr = tiles.row_start(q_ptr, sequence.query_start + first_row, strides_q)
+    q_ptrs = q_ptr + tiles.tile_offsets(strides_q, BLOCK_M, BLOCK_D, WIDE)
+    q = tiles.load(q_ptrs, rows, sequence.seqlen_q, HEAD_DIM, BLOCK_D, True)
+
+    head_k = head_q // group
+    k_ptr = tiles.head_start(k_ptr, sequence.batch, head_k, strides_k)
+    v_ptr = tiles.head_start(v_ptr, sequence.batch, head_k, strides_v)
+    k_ptr = tiles.row_start(k_ptr, sequence.key_start, strides_k)
+    v_ptr = tiles.row_start(v_ptr, sequence.key_start, strides_v)
+
+    maximum, total = softmax.start(
+        scores.sink_of(sequence, head_q, variant), variant.unit, variant.sink_ptr is not None, BLOCK_M
+    )
+    state = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), maximum, total
+    bounds = scores.key_blocks(first_row, sequence, head, variant, BLOCK_M, BLOCK_N)
+    # Blocks at the left edge of the window, whole blocks, and those at the right edge or the end of the sequence.
+    for part in tl.static_range(3):
+        if part != 0 or variant.window_left is not None:
+            state = _attend(
+                state,
+                q,
+                k_ptr,
+                v_ptr,
+                strides_k,
+                strides_v,
+                bounds[part],
+                bounds[part + 1],
+                first_row,
+                sequence,
+                head,
+                layout,
+                variant,
+                bias,
+                part != 1,
+                HEAD_DIM,
+                HEAD_DIM_V,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+                PRECISION,
+                WIDE,
+            )
+    values, maximum, total = state
+    factor, lse = softmax.finish(maximum, total, variant.unit)
+    if variant.dropout_threshold is not None:
+        factor *= variant.dropout_scale
+    # Not a product with 0: rows that are no queries hold anything.
+    is_query = rows < sequence.seqlen_q
+    values = tl.where(is_query[:, None], values * factor[:, None], 0.0)
+    lse = tl.where(is_query, lse, float("-inf"))
+
+    first = tl.cast(sequence.batch, tl.int64) * layout.rows_q + sequence.query_start + first_row
+    out_ptrs = out_ptr + (first * layout.heads + head_q) * HEAD_DIM_V
+    out_ptrs += tiles.tile_offsets((0, layout.heads * HEAD_DIM_V, 0), BLOCK_M, BLOCK_DV, WIDE)
+    tiles.store(out_ptrs, values.to(out_ptr.dtype.element_ty), rows, sequence.query_rows, HEAD_DIM_V, BLOCK_DV)
+    first = (tl.cast(sequence.batch, tl.int64) * layout.heads + head_q) * layout.rows_q
+    first += sequence.query_start + first_row
+    tl.store(lse_ptr + first + tl.arange(0, BLOCK_M), lse, mask=rows < sequence.query_rows)
+
+
+class Forward:
+    """The forward of arguments of one signature: all that follows from it, decided once. Dense where varlen is None.
+
+    Calling it with checked arguments of that signature returns out and lse.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None = None) -> None:
+        heads, head_dim, head_dim_v = q.shape[-2], q.shape[-1], v.shape[-1]
+        self.device = q.device
+        self.out = arguments.Result((*q.shape[:-1], head_dim_v), q.dtype, q.device)
+        lse_shape = (q.shape[0], heads, q.shape[1]) if varlen is None else (heads, q.shape[0])
+        self.lse = arguments.Result(lse_shape, torch.float32, q.device)
+        self.empty = 0 in lse_shape
+        self.no_sequences = varlen is not None and varlen.cu_seqlens_q.shape[0] == 1
+        self.copies = not all(map(has_contiguous_rows, (q, k, v)))
+        self.strides = tuple(arguments.strides(x) for x in (q, k, v))
+        self.group = heads // k.shape[-2]
+        self.longest = (q.shape[1], k.shape[1]) if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k)
+        # Made anew in every call where a tensor is in them.
+        self.layout = arguments.layout(q, k, None) if varlen is None else None
+        has_tensors = any(isinstance(x, Tensor) for x in variant)
+        self.options = None if has_tensors else arguments.options(q, variant, self.longest)
+
+        chosen = arguments.plan_of(q, k, v, variant, varlen)
+        block_d, block_dv = plan.block_dims(head_dim, head_dim_v)
+        if varlen is None:
+            row_tiles = q.shape[0] * -(-q.shape[1] // chosen.BLOCK_M)
+        else:
+            row_tiles = tiles.packed_tiles(q.shape[0], varlen.cu_seqlens_q.shape[0] - 1, chosen.BLOCK_M)
+        self.launch = Launch(
+            forward_kernel,
+            row_tiles * heads,
+            constants={
+                "HEAD_DIM": head_dim,
+                "HEAD_DIM_V": head_dim_v,
+                "BLOCK_M": chosen.BLOCK_M,
+                "BLOCK_N": chosen.BLOCK_N,
+                "BLOCK_D": block_d,
+                "BLOCK_DV": block_dv,
+                "PRECISION": arguments.precision(q),
+                "WIDE": arguments.is_wide(variant, heads * head_dim_v, *self.strides),
+            },
+            options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
+        )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None = None):
+        if device.is_current(self.device):
+            return self._run(q, k, v, variant, varlen)
+        with device.current(self.device):
+            return self._run(q, k, v, variant, varlen)
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None):
+        out, lse = self.out.empty(), self.lse.empty()
+        if self.empty:
+            return out, lse
+        if self.no_sequences:
+            return out.zero_(), lse.fill_(-torch.inf)
+        if self.copies:
+            q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
+        layout = self.layout or arguments.layout(q, k, varlen)
+        options = self.options or arguments.options(q, variant, self.longest)
+        self.launch((q, k, v, out, lse), (*self.strides, self.group, *layout, *options))
+        return out, lse

@@ -1,0 +1,69 @@
+"""The online softmax: one pass over the keys with a running row maximum and row sum.
+
+Milakov, Gimelshein: "Online normalizer calculation for softmax" (2018). Weights come from exp2, which is what hardware
+computes. Where nothing lies between products and softmax, ``unit`` = softmax scale * log2(e) brings products to base 2
+in one multiply-add, and the maximum is kept in base 2. Otherwise ``unit`` is None, scores and maximum are natural, and
+differences are brought to base 2: a bias of -3e38 would overflow.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def start(sink, unit, HAS_SINK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(maximum, sum) of rows that have seen no key. A sink is a logit that every row has seen: it has no value."""
+    if HAS_SINK:
+        if unit is not None:
+            sink = sink * LOG2_E
+        return tl.zeros([BLOCK_M], tl.float32) + sink, tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        return tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+
+
+@triton.jit
+def update(scores, unit, unit_rest, maximum, total, SAFE: tl.constexpr):
+    """Take in a block of scores (BLOCK_M, BLOCK_N): its weights, the factor of what was summed before, the new state.
+
+    SAFE where a row's scores may all be -inf: then 0 stands for the maximum, and the weights are 0 instead of NaN.
+    ``unit_rest`` is what float32 cannot hold of the unit, for float32 inputs: beside scores of 50, the rounding of
+    the unit is the largest error of a weight. None leaves it out.
+    """
+    block_maximum = tl.max(scores, 1)
+    if unit is not None:
+        block_maximum = block_maximum * unit
+    new_maximum = tl.maximum(maximum, block_maximum)
+    shift = new_maximum
+    if SAFE:
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    if unit is not None:
+        exponents = scores * unit - shift[:, None]
+        difference = maximum - shift
+    else:
+        exponents = (scores - shift[:, None]) * LOG2_E
+        difference = (maximum - shift) * LOG2_E
+    if unit_rest is not None:
+        if SAFE:
+            exponents += tl.where(scores == float("-inf"), 0.0, scores) * unit_rest
+        else:
+            exponents += scores * unit_rest
+    weights = tl.math.exp2(exponents)
+    factor = tl.math.exp2(difference)
+    return weights, factor, new_maximum, total * factor + tl.sum(weights, 1)
+
+
+@triton.jit
+def finish(maximum, total, unit):
+    """(factor that normalises the sum of values, log-sum-exp): lse is -inf for rows that have seen nothing."""
+    nothing = total == 0.0
+    divisor = tl.where(nothing, 1.0, total)
+    if unit is not None:
+        lse = (maximum + tl.math.log2(divisor)) * LN_2
+    else:
+        lse = maximum + tl.math.log2(divisor) * LN_2
+    return 1.0 / divisor, tl.where(nothing, float("-inf"), lse)

@@ -1,0 +1,210 @@
+"""Where a sequence, a row, a page lies in memory: the only code that multiplies by strides.
+
+A dense batch is a packed one whose offsets are computed: ``query_tile`` says which rows of which sequence a program
+owns, whatever the layout, and everything behind it is the same.
+
+Offsets are 64-bit wherever a batch, head or row number is multiplied by a stride. Inside one tile they stay 32-bit,
+which takes half the registers, unless the launcher found strides so large that a tile spans 2**31 elements (WIDE).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Layout(NamedTuple):
+    """How the sequences of a batch (at least one) lie. Dense where ``cu_seqlens_q_ptr`` is None.
+
+    ``rows_q`` and ``rows_k`` are seqlen_q and seqlen_k of a dense batch, and the total rows of a packed one. The keys
+    are in pages where ``block_table_ptr`` is not None. The first three vary from call to call.
+    """
+
+    batch: tl.tensor
+    rows_q: tl.tensor
+    rows_k: tl.tensor
+    heads: tl.tensor
+    cu_seqlens_q_ptr: tl.tensor | None = None
+    cu_seqlens_k_ptr: tl.tensor | None = None
+    seqused_q_ptr: tl.tensor | None = None
+    seqused_k_ptr: tl.tensor | None = None
+    leftpad_k_ptr: tl.tensor | None = None
+    block_table_ptr: tl.tensor | None = None  # (batch, max_pages)
+    max_pages: tl.tensor | None = None
+    stride_table: tl.tensor | None = None
+    num_pages: tl.tensor | None = None
+    page_size: tl.tensor | None = None
+
+
+class Sequence(NamedTuple):
+    """One sequence of a batch."""
+
+    index: tl.tensor  # its number
+    batch: tl.tensor  # its number on the batch axis of q, k, v and out: 0 where they are packed
+    query_start: tl.tensor  # its first row of q
+    query_rows: tl.tensor  # rows of q and out that it owns
+    seqlen_q: tl.tensor  # those that are queries; the rest gets out 0, lse -inf
+    key_start: tl.tensor  # its first row of k and v
+    seqlen_k: tl.tensor
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def _first_tile(start, segment, BLOCK_M: tl.constexpr):
+    """The first tile of the segment (numbered from 0) that starts at row ``start`` of a packed batch.
+
+    As floor(a + b) >= floor(a) + floor(b), this leaves every segment at least the ceil(rows / BLOCK_M) tiles that it
+    needs and at most one more: the grid needs no prefix sum over the sequences and no length on the host.
+    """
+    return start // BLOCK_M + segment
+
+
+def packed_tiles(rows: int, batch: int, block: int) -> int:
+    """Tiles of a packed batch, whatever its lengths: what ``_first_tile`` gives behind the last segment."""
+    return rows // block + batch + 2
+
+
+@triton.jit
+def _segment_of(tile, layout, BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr = 128):
+    """The segment that owns ``tile``: as many as begin at or before it, beside segment 0.
+
+    Segment 0 are the rows before the first sequence, segment b + 1 is sequence b, and the last one the rows behind the
+    last sequence: rows of no sequence are written too.
+    """
+    segment = 0
+    for base in range(0, layout.batch + 1, ENTRIES):
+        entries = base + tl.arange(0, ENTRIES)
+        exist = entries <= layout.batch
+        starts = clamp(tl.load(layout.cu_seqlens_q_ptr + entries, mask=exist, other=0), 0, layout.rows_q)
+        segment += tl.sum((exist & (_first_tile(starts, entries + 1, BLOCK_M) <= tile)).to(tl.int32), 0)
+    return segment
+
+
+@triton.jit
+def _segment_start(segment, layout):
+    """Its first row of q: inside the tensor, whatever the offsets hold."""
+    entry = clamp(segment - 1, 0, layout.batch)
+    start = clamp(tl.load(layout.cu_seqlens_q_ptr + entry), 0, layout.rows_q)
+    start = tl.where(segment == 0, 0, start)
+    return tl.where(segment > layout.batch + 1, layout.rows_q, start)
+
+
+@triton.jit
+def _keys_of(index, layout):
+    """First row and number of a sequence's keys: inside the tensor, whatever the offsets hold."""
+    start = tl.load(layout.cu_seqlens_k_ptr + index)
+    length = tl.load(layout.cu_seqlens_k_ptr + index + 1) - start
+    if layout.block_table_ptr is not None:
+        # Pages have no segments: what is used of them may be more.
+        start *= 0
+        room = tl.minimum(tl.cast(layout.max_pages, tl.int64) * layout.page_size, 2**30).to(tl.int32)
+        if layout.seqused_k_ptr is not None:
+            length = tl.load(layout.seqused_k_ptr + index)
+    else:
+        start = clamp(start, 0, layout.rows_k)
+        room = layout.rows_k - start
+        if layout.seqused_k_ptr is not None:
+            length = tl.minimum(tl.load(layout.seqused_k_ptr + index), length)
+    length = clamp(length, 0, room)
+    if layout.leftpad_k_ptr is not None:
+        pad = clamp(tl.load(layout.leftpad_k_ptr + index), 0, length)
+        start += pad
+        length -= pad
+    return start, length
+
+
+@triton.jit
+def query_tile(program, layout, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(sequence, head, first row) of a program of a one-dimensional grid. A first row past query_rows owns nothing.
+
+    Programs that run together share a head's keys and values, which then come from the cache. LAST_FIRST starts with
+    the last rows: under a causal mask they have the most keys, and the short tiles fill the end of the launch.
+    """
+    if layout.cu_seqlens_q_ptr is None:
+        tiles = tl.cdiv(layout.rows_q, BLOCK_M)
+    else:
+        tiles = layout.rows_q // BLOCK_M + layout.batch + 2  # of all segments
+    tile = program % tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    if layout.cu_seqlens_q_ptr is None:
+        head = (program // tiles) % layout.heads
+        index = program // tiles // layout.heads
+        sequence = Sequence(index, index, 0, layout.rows_q, layout.rows_q, 0, layout.rows_k)
+        first_row = tile * BLOCK_M
+    else:
+        head = program // tiles
+        segment = _segment_of(tile, layout, BLOCK_M)
+        start, end = _segment_start(segment, layout), _segment_start(segment + 1, layout)
+        rows = tl.maximum(end - start, 0)
+        first_row = (tile - _first_tile(start, segment, BLOCK_M)) * BLOCK_M
+        first_row = tl.where(first_row < 0, rows, first_row)  # offsets that fall: the segment is not the tile's
+        exists = (segment >= 1) & (segment <= layout.batch)
+        index = tl.where(exists, segment - 1, 0)
+        seqlen_q = tl.where(exists, rows, 0)
+        if layout.seqused_q_ptr is not None:
+            seqlen_q = clamp(tl.load(layout.seqused_q_ptr + index), 0, seqlen_q)
+        key_start, seqlen_k = _keys_of(index, layout)
+        sequence = Sequence(index, index * 0, start, rows, seqlen_q, key_start, seqlen_k)
+    return sequence, head, first_row
+
+
+@triton.jit
+def head_start(ptr, batch, head, strides):
+    """Pointer to row 0 of a head. ``strides`` are those of (batch, row, head); batch is 0 where rows are in pages."""
+    return ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[2]
+
+
+@triton.jit
+def row_start(ptr, row, strides):
+    return ptr + tl.cast(row, tl.int64) * strides[1]
+
+
+@triton.jit
+def tile_offsets(strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """(ROWS, BLOCK_D) offsets of a tile from its first row."""
+    rows = tl.arange(0, ROWS)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    return rows[:, None] * strides[1] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def paged_offsets(columns, sequence, layout, strides, BLOCK_D: tl.constexpr):
+    """(columns, BLOCK_D) offsets of keys from their head. A page number outside the pool reads a page inside."""
+    table_ptr = layout.block_table_ptr + sequence.index.to(tl.int64) * layout.stride_table
+    page = tl.load(table_ptr + tl.minimum(columns // layout.page_size, layout.max_pages - 1))
+    page = clamp(page, 0, layout.num_pages - 1).to(tl.int64)
+    offsets = page * strides[0] + (columns % layout.page_size).to(tl.int64) * strides[1]
+    return offsets[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def _inside(rows, end, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
+    dims = tl.arange(0, BLOCK_D)
+    if DIM == BLOCK_D:
+        return (rows < end)[:, None]
+    elif MASK_ROWS:
+        return (rows < end)[:, None] & (dims < DIM)[None, :]
+    else:
+        return (dims < DIM)[None, :]
+
+
+@triton.jit
+def load(ptrs, rows, end, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """A tile (rows, BLOCK_D): 0 past the head dimension and, where MASK_ROWS, from row ``end`` on."""
+    if MASK_ROWS or DIM != BLOCK_D:
+        return tl.load(ptrs, mask=_inside(rows, end, DIM, BLOCK_D, MASK_ROWS), other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store(ptrs, value, rows, end, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    tl.store(ptrs, value, mask=_inside(rows, end, DIM, BLOCK_D, True))

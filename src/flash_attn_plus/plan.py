@@ -1,0 +1,142 @@
+"""Problem -> Plan: the tiles that a kernel runs with. Pure tables, standard library only.
+
+Nothing is tuned at run time: a first call compiles one kernel, and equal calls run equal kernels. ``benchmark/tune.py``
+measures tiles on a device and prints the fastest. ``test/test_compile_gate.py`` compiles every row for its target, with
+no such device at hand, and holds it to the target's registers and shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """What a plan depends on."""
+
+    arch: str  # "sm_90", "gfx942", ...
+    itemsize: int  # bytes of an element of q
+    head_dim: int  # the larger one of q's and v's
+    seqlen_q: int  # of the longest sequence
+    options: bool  # softcap, ALiBi, bias or dropout: they take registers
+
+
+class Plan(NamedTuple):
+    BLOCK_M: int  # query rows of a tile
+    BLOCK_N: int  # keys of a tile
+    num_warps: int
+    num_stages: int  # tiles of keys and values in flight
+
+
+MOST_ROWS = 128  # of any tile here
+SHORT = 64  # query rows that the last column of the tables is for
+
+
+def block_dim(head_dim: int) -> int:
+    """Columns of a tile: the power of two that holds the head dimension; matrix units take 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def block_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """Columns of the tiles of q and k, and of v: equal up to 64, so that both are swizzled alike in shared memory.
+
+    Where k and v take turns in one buffer, the ptxas of Triton 3.6 and 3.7 builds the descriptor of the second matrix
+    product from that of the first, and loses a swizzle that differs: wrong numbers, or an illegal address.
+    """
+    dim, dim_v = block_dim(head_dim), block_dim(head_dim_v)
+    return max(dim, min(dim_v, 64)), max(dim_v, min(dim, 64))
+
+
+class Row(NamedTuple):
+    plain: Plan
+    options: Plan
+    short: Plan  # for sequences of at most SHORT queries, with or without options
+
+
+def _rows(*tiles: tuple[int, int, int, int]) -> Row:
+    return Row(*(Plan(*x) for x in tiles))
+
+
+# Architecture -> (bytes of an element, columns of a tile) -> rows (BLOCK_M, BLOCK_N, num_warps, num_stages).
+FORWARD: dict[str, dict[tuple[int, int], Row]] = {
+    # Measured on an H100, bfloat16, 16k tokens of 4096, hidden size 2048.
+    "sm_90": {
+        (2, 64): _rows((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (2, 128): _rows((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+        (2, 256): _rows((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+        (4, 64): _rows((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        (4, 128): _rows((32, 64, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+        (4, 256): _rows((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    },
+    # The others: the largest tiles that compile without spilling.
+    "sm_80": {
+        (2, 64): _rows((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (2, 128): _rows((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+        (2, 256): _rows((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        (4, 64): _rows((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        (4, 128): _rows((64, 16, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+        (4, 256): _rows((32, 16, 8, 1), (16, 16, 4, 2), (16, 16, 4, 2)),
+    },
+    "sm_86": {
+        (2, 64): _rows((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (2, 128): _rows((128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+        (2, 256): _rows((64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+        (4, 64): _rows((64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+        (4, 128): _rows((32, 64, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+        (4, 256): _rows((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    },
+    "sm_100": {
+        (2, 64): _rows((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
+        (2, 128): _rows((128, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+        (2, 256): _rows((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+        (4, 64): _rows((32, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+        (4, 128): _rows((32, 64, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+        (4, 256): _rows((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    },
+    "gfx942": {
+        (2, 64): _rows((128, 64, 4, 1), (128, 64, 4, 1), (64, 64, 4, 1)),
+        (2, 128): _rows((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
+        (2, 256): _rows((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+        (4, 64): _rows((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+        (4, 128): _rows((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        (4, 256): _rows((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+    },
+    "gfx1100": {
+        (2, 64): _rows((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        (2, 128): _rows((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        (2, 256): _rows((32, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        (4, 64): _rows((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        (4, 128): _rows((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+        (4, 256): _rows((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+}
+# The same shared memory and matrix units.
+FORWARD["sm_120"] = FORWARD["sm_86"]
+FORWARD["gfx90a"] = FORWARD["gfx942"]
+
+# Anything that Triton compiles for: small enough for the smallest.
+_ANYWHERE = {2: Plan(32, 32, 4, 1), 4: Plan(16, 16, 4, 1)}
+
+
+def row_arch(arch: str) -> str | None:
+    """The architecture whose rows serve ``arch``: its own, or the nearest older one of its family."""
+    if arch in FORWARD:
+        return arch
+    family = next((name for name in ("sm_", "gfx9", "gfx1") if arch.startswith(name)), None)
+    if family is None:
+        return None
+
+    def generation(name: str) -> int:
+        return int("0" + "".join(filter(str.isdigit, name.removeprefix(family))))
+
+    older = [name for name in FORWARD if name.startswith(family) and generation(name) <= generation(arch)]
+    return max(older, key=generation, default=None)
+
+
+def forward(problem: Problem) -> Plan:
+    arch = row_arch(problem.arch)
+    if arch is None:
+        return _ANYWHERE[problem.itemsize]
+    row = FORWARD[arch][problem.itemsize, max(64, block_dim(problem.head_dim))]
+    if problem.seqlen_q <= SHORT:
+        return row.short
+    return row.options if problem.options else row.plain

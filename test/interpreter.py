@@ -1,0 +1,89 @@
+"""Runs the kernels without a GPU, in Triton's interpreter, and makes that compute bfloat16 as a GPU does.
+
+The interpreter holds bfloat16 as 16-bit integers, and computes on them as if they were numbers. Here operands become
+float32, and results are rounded to nearest even. It also lets a one-element array bound a loop, which NumPy 2.4 no
+longer does by itself for Triton 3.6.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+import triton.language as tl
+from cases import Problem
+from torch import Tensor
+from triton.runtime import interpreter
+
+from flash_attn_plus import gpu
+
+_Handle, _Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+_BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
+
+
+def _is_bf16(handle) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits -> float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """float32 -> bfloat16 bits: to nearest, ties to even, NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), nearest).astype(np.uint16)
+
+
+def _as_float32(handle):
+    return _Handle(widened(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out, lse of the kernels, by the path that a call on a GPU takes behind the checks."""
+    install()
+    q, k, v, variant, varlen = problem
+    with torch.no_grad():
+        if varlen is None:
+            return gpu.prepare_forward(q, k, v, variant)(q, k, v, variant)
+        return gpu.prepare_varlen_forward(q, k, v, varlen, variant)(q, k, v, varlen, variant)
+
+
+@functools.cache
+def install() -> None:
+    cast, dot = _Builder.cast_impl, _Builder.create_dot
+    binary, unary = _Builder.binary_op, _Builder.unary_op
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def cast_impl(self, source, to_type):
+        if to_type.scalar == tl.bfloat16:
+            if _is_bf16(source):
+                return source
+            return _Handle(rounded(source.data.astype(np.float32)), to_type.scalar)
+        source = _as_float32(source)
+        return source if source.dtype.scalar == to_type.scalar else cast(self, source, to_type)
+
+    def create_dot(self, a, b, accumulator, *rest):
+        return dot(self, _as_float32(a), _as_float32(b), accumulator, *rest)
+
+    def binary_op(self, left, right, operation):
+        if not _is_bf16(left) or operation in _BITWISE:
+            return binary(self, left, right, operation)
+        result = operation(widened(left.data), widened(right.data))
+        return _Handle(result if result.dtype == bool else rounded(result), tl.bfloat16)
+
+    def unary_op(self, argument, operation):
+        if not _is_bf16(argument):
+            return unary(self, argument, operation)
+        return _Handle(rounded(operation(widened(argument.data))), tl.bfloat16)
+
+    def patch_lang_tensor(tensor, *args, **kwargs):
+        patch_tensor(tensor, *args, **kwargs)
+        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
+
+    _Builder.cast_impl, _Builder.create_dot = cast_impl, create_dot
+    _Builder.binary_op, _Builder.unary_op = binary_op, unary_op
+    interpreter._patch_lang_tensor = patch_lang_tensor

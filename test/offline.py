@@ -1,0 +1,126 @@
+"""Compiles what a launch would run, for any GPU, without one.
+
+``install`` gives Triton a driver that knows a target and launches nothing; the package's real launch functions then
+run on CPU tensors up to the launch, and ``compiled_kernels`` tells what they compiled. One target per process.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from flash_attn_plus import device
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Compiled(NamedTuple):
+    """What a kernel takes of its target."""
+
+    registers: int
+    stack: int  # bytes of spilled registers
+    shared: int  # bytes of shared memory
+    matrix: str  # its matrix instructions: "wgmma", "mma", "tcgen05", "mfma", "wmma" or ""
+    serialized: bool  # ptxas gave up overlapping wgmma
+
+
+class _Launcher:
+    def __init__(self, src, metadata):
+        pass
+
+    def __call__(self, *args):
+        pass
+
+
+class _Utils:
+    def load_binary(self, *args):
+        return 1, 1, 0, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 1 << 20, "multiprocessor_count": 100, "warpSize": 32, "max_num_regs": 65536}
+
+
+class _Driver:
+    launcher_cls, utils = _Launcher, _Utils()
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_device_capability(self, device=0):
+        return divmod(self.target.arch, 10)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def target_of(arch: str) -> GPUTarget:
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def install(arch: str) -> None:
+    triton.runtime.driver.set_active(_Driver(target_of(arch)))
+    device.architecture = lambda _: arch
+    device.has_tf32 = lambda _: arch.startswith("sm_")
+
+
+def compiled_kernels(kernel) -> list[Compiled]:
+    """What calls of a jit function have compiled since the last time."""
+    cache = kernel.device_caches[0][0]
+    results = [_measure(compiled) for compiled in cache.values()]
+    cache.clear()
+    return results
+
+
+def _measure(compiled) -> Compiled:
+    if compiled.metadata.target.backend == "hip":
+        return _measure_amd(compiled)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = _run("cuobjdump", "-res-usage", cubin)
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        arch = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
+        ptxas = (
+            "ptxas-blackwell"
+            if arch.startswith(("sm_10", "sm_12")) and (TOOLS / "ptxas-blackwell").exists()
+            else "ptxas"
+        )
+        log = _run(ptxas, "-v", f"--gpu-name={arch}", ptx, "-o", Path(folder, "again.cubin"))
+    text = compiled.asm["ptx"]
+    kinds = (("wgmma", "wgmma.mma_async"), ("tcgen05", "tcgen05.mma"), ("mma", "mma.sync"))
+    matrix = next((name for name, instruction in kinds if instruction in text), "")
+    return Compiled(registers, stack, compiled.metadata.shared, matrix, re.search(r"C75(10|11|12)", log) is not None)
+
+
+def _measure_amd(compiled) -> Compiled:
+    text = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    matrix = "mfma" if "v_mfma" in text else "wmma" if "v_wmma" in text else ""
+    return Compiled(field("vgpr_count"), field("private_segment_fixed_size"), compiled.metadata.shared, matrix, False)
+
+
+def _run(tool: str, *args) -> str:
+    done = subprocess.run([TOOLS / tool, *map(str, args)], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
