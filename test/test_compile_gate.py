@@ -46,16 +46,20 @@ MATRIX = {
     "gfx1100": "wmma",
 }
 
-# Bytes of stack of rows for which no tile was found that takes none: (arch, itemsize, columns, kind). A few bytes are
-# kept outside the loop. RDNA3 has no float32 matrix instruction, and LLVM unrolls the products whole.
+# Bytes of stack that a row may take: a register or a few, which come and go with the compiler's release.
+FEW = 32
+
+# Rows for which no tiles were found that take so little: (arch, itemsize, columns, kind). RDNA3 has no float32 matrix
+# instruction, and LLVM unrolls the products whole.
 SPILLS = {
-    ("sm_90", 2, 128, "causal"): 16,
     ("sm_100", 2, 256, "causal"): 96,
-    ("gfx1100", 2, 256, "options"): 512,
+    ("gfx1100", 2, 256, "options"): 64,
     ("gfx1100", 4, 128, "causal"): 768,
     ("gfx1100", 4, 128, "options"): 960,
+    ("gfx1100", 4, 128, "short"): 768,
     ("gfx1100", 4, 256, "causal"): 928,
-    ("gfx1100", 4, 256, "options"): 832,
+    ("gfx1100", 4, 256, "options"): 880,
+    ("gfx1100", 4, 256, "short"): 928,
 }
 
 
@@ -71,7 +75,7 @@ def compiled(arch: str, kinds: tuple[str, ...], triton: Path | None = None) -> l
 
 def check(arch: str, row: dict) -> None:
     name = f"{arch} {row['itemsize']} bytes, {row['dim']} columns, {row['kind']}, {row['plan']}"
-    spill = SPILLS.get((arch, row["itemsize"], row["dim"], row["kind"]), 0)
+    spill = SPILLS.get((arch, row["itemsize"], row["dim"], row["kind"]), FEW)
     assert row["stack"] <= spill, f"{name}: spills {row['stack']} bytes"
     assert row["shared"] <= SHARED[arch], f"{name}: {row['shared']} bytes of shared memory"
     assert not row["serialized"], f"{name}: wgmma is serialised"

@@ -81,7 +81,11 @@ def _attend(
             weights = tl.where(scores.keep(first_row, start, head, variant, BLOCK_M, BLOCK_N), weights, 0.0)
         # (BLOCK_N, BLOCK_DV)
         v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, MASK)
-        values = tl.dot(weights.to(v.dtype), v, values * factor[:, None], input_precision=PRECISION)
+        if q.dtype == tl.float32 and PRECISION == "ieee":
+            # A sum of its own for each block: one chain of multiply-adds over all keys would lose a digit.
+            values = values * factor[:, None] + tl.dot(weights, v, input_precision=PRECISION)
+        else:
+            values = tl.dot(weights.to(v.dtype), v, values * factor[:, None], input_precision=PRECISION)
     return values, maximum, total
 
 
