@@ -82,7 +82,7 @@ def _attend(
         # (BLOCK_N, BLOCK_DV)
         v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, MASK)
         if q.dtype == tl.float32 and PRECISION == "ieee":
-            # A sum of its own for each block: one chain of multiply-adds over all keys would lose a digit.
+            # A sum of its own for each block keeps the chains of roundings short.
             values = values * factor[:, None] + tl.dot(weights, v, input_precision=PRECISION)
         else:
             values = tl.dot(weights.to(v.dtype), v, values * factor[:, None], input_precision=PRECISION)
