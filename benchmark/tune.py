@@ -21,6 +21,7 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
+from attention import checkout, machine
 
 from flash_attn_plus import plan
 from flash_attn_plus.kernels.forward import Forward
@@ -58,10 +59,12 @@ class Problem(NamedTuple):
         return whole / 2 if self.causal else whole
 
 
-def candidates(head_dim: int, dtype: str) -> list[Plan]:
-    rows = (64, 128) if dtype != "float32" else (16, 32, 64, 128)
-    columns = (32, 64, 128)
-    return [Plan(*x) for x in itertools.product(rows, columns, (4, 8), (1, 2, 3, 4))]
+def candidates(dtype: str) -> list[Plan]:
+    if dtype == "float32":  # on the ordinary units, whose operands are registers
+        rows, columns, stages = (16, 32, 64), (16, 32, 64), (1, 2)
+    else:
+        rows, columns, stages = (64, 128), (32, 64, 128), (1, 2, 3, 4)
+    return [Plan(*x) for x in itertools.product(rows, columns, (4, 8), stages)]
 
 
 def forward_with(tiles: Plan, inputs) -> Forward:
@@ -122,18 +125,21 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--seqlen", type=int, nargs="+", default=[4096])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--mask", choices=("full", "causal"), nargs="+", default=["full", "causal"])
     parser.add_argument("--option", nargs="+", default=["", "alibi"], help="softcap, alibi, bias, dropout, window")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--top", type=int, default=6, help="how many to show of each problem")
     parser.add_argument("--csv", help="write every measurement there")
+    parser.add_argument("--commit", default=checkout(), help="what is measured, where there is no git to say so")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("a GPU is needed to measure tiles on")
 
     problems = [
-        Problem(*x, args.dtype) for x in itertools.product(args.head_dim, args.seqlen, (False, True), args.option)
+        Problem(head_dim, seqlen, mask == "causal", option, args.dtype)
+        for head_dim, seqlen, mask, option in itertools.product(args.head_dim, args.seqlen, args.mask, args.option)
     ]
-    work = [(problem, tiles) for problem in problems for tiles in candidates(problem.head_dim, args.dtype)]
+    work = [(problem, tiles) for problem in problems for tiles in candidates(args.dtype)]
     workers = min(12, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         reasons = dict(zip(work, pool.map(compiled, work, chunksize=2), strict=True))
@@ -153,8 +159,9 @@ def main() -> None:
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow([*Problem._fields, *Plan._fields, "tflops"])
-            writer.writerows(rows)
+            facts = machine("cuda", args.commit)
+            writer.writerow([*Problem._fields, *Plan._fields, "tflops", *facts])
+            writer.writerows((*row, *facts.values()) for row in rows)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Compiled(NamedTuple):
     shared: int  # bytes of shared memory
     matrix: str  # its matrix instructions: "wgmma", "mma", "tcgen05", "mfma", "wmma" or ""
     serialized: bool  # ptxas gave up overlapping wgmma
+    chained: bool  # a matrix product adds to the sum of another
 
 
 class _Launcher:
@@ -108,7 +109,14 @@ def _measure(compiled) -> Compiled:
     text = compiled.asm["ptx"]
     kinds = (("wgmma", "wgmma.mma_async"), ("tcgen05", "tcgen05.mma"), ("mma", "mma.sync"))
     matrix = next((name for name, instruction in kinds if instruction in text), "")
-    return Compiled(registers, stack, compiled.metadata.shared, matrix, re.search(r"C75(10|11|12)", log) is not None)
+    return Compiled(
+        registers,
+        stack,
+        compiled.metadata.shared,
+        matrix,
+        re.search(r"C75(10|11|12)", log) is not None,
+        _chained(compiled),
+    )
 
 
 def _measure_amd(compiled) -> Compiled:
@@ -118,7 +126,19 @@ def _measure_amd(compiled) -> Compiled:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
     matrix = "mfma" if "v_mfma" in text else "wmma" if "v_wmma" in text else ""
-    return Compiled(field("vgpr_count"), field("private_segment_fixed_size"), compiled.metadata.shared, matrix, False)
+    return Compiled(
+        field("vgpr_count"),
+        field("private_segment_fixed_size"),
+        compiled.metadata.shared,
+        matrix,
+        False,
+        _chained(compiled),
+    )
+
+
+def _chained(compiled) -> bool:
+    sums = re.findall(r" = tt\.dot %\w+, %\w+, %(\w+)", compiled.asm["ttgir"])
+    return not all(name.startswith("cst") for name in sums)
 
 
 def _run(tool: str, *args) -> str:

@@ -46,20 +46,39 @@ MATRIX = {
     "gfx1100": "wmma",
 }
 
-# Bytes of stack that a row may take: a register or a few, which come and go with the compiler's release.
-FEW = 32
-
-# Rows for which no tiles were found that take so little: (arch, itemsize, columns, kind). RDNA3 has no float32 matrix
-# instruction, and LLVM unrolls the products whole.
+# Bytes of stack that a row may take where no tiles without spilling were found: (arch, itemsize, columns, kind). What
+# the supported Tritons take at the most, not more. RDNA3 has no float32 matrix instruction, and LLVM unrolls the
+# products whole.
 SPILLS = {
-    ("sm_100", 2, 256, "causal"): 96,
-    ("gfx1100", 2, 256, "options"): 64,
-    ("gfx1100", 4, 128, "causal"): 768,
-    ("gfx1100", 4, 128, "options"): 960,
-    ("gfx1100", 4, 128, "short"): 768,
-    ("gfx1100", 4, 256, "causal"): 928,
-    ("gfx1100", 4, 256, "options"): 880,
-    ("gfx1100", 4, 256, "short"): 928,
+    ("sm_80", 4, 256, "causal"): 8,
+    ("sm_80", 4, 256, "short"): 32,
+    ("sm_86", 4, 128, "causal"): 16,
+    ("sm_90", 2, 128, "causal"): 8,
+    ("sm_90", 2, 256, "short"): 8,
+    ("sm_90", 2, 256, "varlen"): 24,
+    ("sm_90", 2, 256, "window"): 8,
+    ("sm_90", 4, 64, "bias"): 16,
+    ("sm_90", 4, 128, "causal"): 32,
+    ("sm_90", 4, 128, "short"): 8,
+    ("sm_90", 4, 256, "options"): 8,
+    ("sm_90", 4, 256, "window"): 8,
+    ("sm_100", 2, 128, "short"): 24,
+    ("sm_100", 2, 256, "causal"): 72,
+    ("sm_100", 4, 128, "causal"): 8,
+    ("sm_100", 4, 256, "causal"): 24,
+    ("sm_100", 4, 256, "options"): 40,
+    ("sm_100", 4, 256, "short"): 24,
+    ("sm_120", 4, 128, "causal"): 96,
+    ("sm_120", 4, 256, "causal"): 8,
+    ("sm_120", 4, 256, "options"): 8,
+    ("sm_120", 4, 256, "short"): 8,
+    ("gfx1100", 2, 256, "options"): 56,
+    ("gfx1100", 4, 128, "causal"): 744,
+    ("gfx1100", 4, 128, "options"): 920,
+    ("gfx1100", 4, 128, "short"): 744,
+    ("gfx1100", 4, 256, "causal"): 744,
+    ("gfx1100", 4, 256, "options"): 864,
+    ("gfx1100", 4, 256, "short"): 744,
 }
 
 
@@ -75,14 +94,18 @@ def compiled(arch: str, kinds: tuple[str, ...], triton: Path | None = None) -> l
 
 def check(arch: str, row: dict) -> None:
     name = f"{arch} {row['itemsize']} bytes, {row['dim']} columns, {row['kind']}, {row['plan']}"
-    spill = SPILLS.get((arch, row["itemsize"], row["dim"], row["kind"]), FEW)
+    spill = SPILLS.get((arch, row["itemsize"], row["dim"], row["kind"]), 0)
     assert row["stack"] <= spill, f"{name}: spills {row['stack']} bytes"
     assert row["shared"] <= SHARED[arch], f"{name}: {row['shared']} bytes of shared memory"
     assert not row["serialized"], f"{name}: wgmma is serialised"
     if row["itemsize"] == 2:
         assert row["matrix"] == MATRIX[arch], f"{name}: runs on {row['matrix'] or 'no matrix unit'}"
-    elif not arch.startswith("gfx"):  # AMD's float32 matrix instructions are exact
-        assert not row["matrix"], f"{name}: float32 is rounded to TF32"
+    elif row["kind"] == "tf32":
+        assert row["matrix"], f"{name}: runs on no matrix unit"
+    else:
+        # AMD's float32 matrix instructions are exact.
+        assert arch.startswith("gfx") or not row["matrix"], f"{name}: float32 is rounded to TF32"
+        assert not row["chained"], f"{name}: one chain of roundings runs through all keys"
 
 
 @pytest.mark.parametrize("arch", plan.FORWARD)
@@ -96,14 +119,17 @@ def test_every_row_compiles(arch):
 
 @pytest.mark.parametrize("kind", ["window", "bias", "varlen", "tf32"])
 def test_every_kind_compiles(kind):
-    for row in compiled("sm_90", (kind,)):
-        assert row["shared"] <= SHARED["sm_90"], row
-        assert row["stack"] <= 64, row
+    rows = compiled("sm_90", (kind,))
+    assert rows
+    for row in rows:
+        check("sm_90", row)
 
 
 @pytest.mark.skipif(not OTHERS, reason="no other Triton in build/triton-*: `make` puts one there")
 @pytest.mark.parametrize("arch", plan.FORWARD)
 @pytest.mark.parametrize("triton", OTHERS, ids=lambda path: path.name)
 def test_every_row_compiles_with_other_tritons(arch, triton):
-    for row in compiled(arch, ("causal",), triton):
+    rows = compiled(arch, ("causal",), triton)
+    assert len(rows) == len(plan.FORWARD[arch])
+    for row in rows:
         check(arch, row)

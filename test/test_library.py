@@ -17,7 +17,7 @@ def fresh(code: str) -> None:
 
 
 def signature(*args) -> tuple:
-    return library._signature(args)
+    return library.signature(args)
 
 
 class TestSignature:

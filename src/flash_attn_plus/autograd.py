@@ -28,16 +28,6 @@ _forward_mode = forward_ad._set_fwd_grad_enabled
 from torch._functorch.utils import enable_single_level_autograd_function as _single_level  # noqa: E402
 
 
-def call(op: Callable, *args):
-    """``op(*args)``; past this key while no gradient is recorded, which saves one Python kernel in every call."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return op(*args)
-    if _transforms_active():
-        return op(*args)
-    with _below_autograd():
-        return op(*args)
-
-
 def _call_below(op: Callable, args: tuple):
     """Run ``op`` beneath this key. Function.forward switches gradients off; an outer functorch level records on."""
     if _transforms_active():

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import library
-from .autograd import call as call_operator
+from . import eager, library
 from .schemas import Variant, Varlen
 
-_fwd = library.overload("fwd")
-_varlen_fwd = library.overload("varlen_fwd")
 _merge_states = library.overload("merge_states")
 _combine = library.overload("combine")
 
@@ -170,7 +167,7 @@ def flash_attn_func(
         *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
         deterministic,
     )
-    out, lse = call_operator(_fwd, q, k, v, *variant)
+    out, lse = eager.fwd(q, k, v, variant)
     if return_attn_probs:
         return out, lse, _s_dmask("s_dmask", q, k, variant)
     return (out, lse) if return_lse else out
@@ -307,7 +304,7 @@ def flash_attn_varlen_func(
     )
     lengths = (_length(max_seqlen_q), _length(max_seqlen_k))
     layout = Varlen(cu_seqlens_q, cu_seqlens_k, *lengths, seqused_q, seqused_k, leftpad_k, block_table)
-    out, lse = call_operator(_varlen_fwd, q, k, v, *layout[:4], *variant, *layout[4:])
+    out, lse = eager.varlen_fwd(q, k, v, layout, variant)
     if return_attn_probs:
         return out, lse, _s_dmask("varlen_s_dmask", q, k, variant, layout)
     return (out, lse) if return_lse else out

@@ -167,23 +167,41 @@ def _fake(name: str) -> Callable:
     return fake
 
 
-_REMEMBERED = 4096
+# Operator -> signature -> what runs, on whatever device the signature names.
+_remembered: dict[str, dict[tuple, Callable]] = {name: {} for name in _OPERATORS}
+_MOST_REMEMBERED = 4096
+
+_NUMBERS = frozenset((type(None), bool, int, float, torch.dtype))
 
 
-def _signature(args: tuple) -> tuple | None:
-    """All that checks and the choice of a kernel depend on. Values of tensors are not: they are never read there.
+def _description(x: Tensor) -> tuple:
+    """What checks and the choice of a kernel depend on; and what no tensor has that the dispatcher brought to a device:
+    a negative bit, or elements without an address.
+    """
+    if x.__class__ is not Tensor and torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python):
+        raise TypeError("its class has a __torch_dispatch__, which must be asked every time")
+    address = x.data_ptr()
+    return x.shape, x.stride(), x.dtype, x.device, address % 16 if address else None, x.is_neg()
 
-    None for tensors without strides or without an address, which have nothing to remember.
+
+def signature(args: tuple) -> tuple | None:
+    """All that checks and the choice of a kernel depend on, of all arguments of a call. Values of tensors are not: they
+    are never read there.
+
+    None where nothing can be remembered: tensors without strides or storage, and what only the dispatcher understands.
     """
     try:
-        described = [
-            (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args
-        ]
-    except RuntimeError:
+        described = [x if x.__class__ in _NUMBERS else _description(x) for x in args]
+    except (RuntimeError, TypeError, AttributeError):
         return None
     if args[0].dtype is torch.float32:
         described.append(device.allows_tf32())
     return tuple(described)
+
+
+def recall(name: str, args: tuple) -> Callable | None:
+    """What ran when a call of this signature last came through the dispatcher; it takes the structured arguments."""
+    return _remembered[name].get(signature(args))
 
 
 def _device_kernel(name: str, module: str) -> Callable:
@@ -193,7 +211,7 @@ def _device_kernel(name: str, module: str) -> Callable:
     all that their signature decides, and returns what then runs in place of ``forward``.
     """
     parse, check, _, attribute = _OPERATORS[name]
-    remembered: dict[tuple, Callable] = {}
+    remembered = _remembered[name]
 
     def prepared(structured: tuple) -> Callable:
         check(*structured)
@@ -202,14 +220,15 @@ def _device_kernel(name: str, module: str) -> Callable:
         return prepare(*structured) if prepare else getattr(implementation, attribute)
 
     def kernel(*args):
-        structured, signature = parse(*bind(name, args)), _signature(args)
-        run = remembered.get(signature)
+        args = bind(name, args)
+        structured, of_call = parse(*args), signature(args)
+        run = remembered.get(of_call)
         if run is None:
             run = prepared(structured)
-            if len(remembered) >= _REMEMBERED:
+            if len(remembered) >= _MOST_REMEMBERED:
                 remembered.clear()
-            if signature is not None:
-                remembered[signature] = run
+            if of_call is not None:
+                remembered[of_call] = run
         return run(*structured)
 
     return kernel

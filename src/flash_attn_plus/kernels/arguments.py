@@ -62,7 +62,7 @@ def _variant(q: Tensor, variant: Variant) -> scores.Variant:
     scale = q.shape[-1] ** -0.5 if variant.softmax_scale is None else variant.softmax_scale
     unit = math.log2(math.e) * scale
     # A scale that is not positive turns a maximum over; one that vanishes in float32 makes NaN of -inf.
-    explicit = bends(variant) or not ctypes.c_float(unit).value > 0.0
+    explicit = _bends(variant) or not ctypes.c_float(unit).value > 0.0
     left, right, _ = band(variant, 0, 0)
     diagonal = 0 if variant.diagonal is None else variant.diagonal
     near = _distance(diagonal)
@@ -79,7 +79,6 @@ def _variant(q: Tensor, variant: Variant) -> scores.Variant:
     return scores.Variant(
         scale=scale if explicit else None,
         unit=None if explicit else unit,
-        unit_rest=unit - ctypes.c_float(unit).value if q.dtype == torch.float32 and not explicit else None,
         diagonal=None if variant.diagonal is None else near,
         # Where the window ends is what counts: clamped together with the diagonal, and told as a distance from it.
         window_left=near - _distance(diagonal - left) if left >= 0 else None,
@@ -93,7 +92,7 @@ def _variant(q: Tensor, variant: Variant) -> scores.Variant:
     )
 
 
-def bends(variant: Variant) -> bool:
+def _bends(variant: Variant) -> bool:
     """Whether anything but the scale stands between the products and the softmax."""
     return variant.softcap > 0.0 or variant.alibi_slopes is not None or variant.attn_bias is not None
 
@@ -118,7 +117,7 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | 
             itemsize=q.element_size(),
             head_dim=max(q.shape[-1], v.shape[-1]),
             seqlen_q=q.shape[1] if varlen is None else varlen.max_seqlen_q,
-            options=bends(variant) or variant.dropout_p > 0.0,
+            options=_bends(variant) or variant.dropout_p > 0.0,
         )
     )
 

@@ -18,77 +18,6 @@ from . import arguments, scores, softmax, tiles
 from .launch import Launch
 
 
-@triton.jit
-def _attend(
-    state,
-    q,
-    k_ptr,
-    v_ptr,
-    strides_k,
-    strides_v,
-    begin,
-    end,
-    first_row,
-    sequence,
-    head,
-    layout,
-    variant,
-    bias,
-    MASK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Take the keys [begin, end) into (sum of values, maximum, total). MASK: not every row sees all of them."""
-    values, maximum, total = state
-    k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
-    v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
-    for start in tl.range(begin, end, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        if layout.block_table_ptr is None:
-            k_ptrs = tiles.row_start(k_ptr, start, strides_k) + k_offsets
-            v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
-        else:
-            k_ptrs = k_ptr + tiles.paged_offsets(columns, sequence, layout, strides_k, BLOCK_D)
-            v_ptrs = v_ptr + tiles.paged_offsets(columns, sequence, layout, strides_v, BLOCK_DV)
-        # (BLOCK_N, BLOCK_D)
-        k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, MASK)
-        # (BLOCK_M, BLOCK_N)
-        products = tl.dot(q, k.T, input_precision=PRECISION)
-        s = scores.scores(
-            products,
-            first_row,
-            start,
-            sequence,
-            head,
-            variant,
-            bias,
-            MASK,
-            BLOCK_M,
-            BLOCK_N,
-            q.dtype == tl.float32,
-            WIDE,
-        )
-        weights, factor, maximum, total = softmax.update(
-            s, variant.unit, variant.unit_rest, maximum, total, MASK or bias is not None
-        )
-        if variant.dropout_threshold is not None:
-            weights = tl.where(scores.keep(first_row, start, head, variant, BLOCK_M, BLOCK_N), weights, 0.0)
-        # (BLOCK_N, BLOCK_DV)
-        v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, MASK)
-        if q.dtype == tl.float32 and PRECISION == "ieee":
-            # A sum of its own for each block keeps the chains of roundings short.
-            values = values * factor[:, None] + tl.dot(weights, v, input_precision=PRECISION)
-        else:
-            values = tl.dot(weights.to(v.dtype), v, values * factor[:, None], input_precision=PRECISION)
-    return values, maximum, total
-
-
 # Lengths and windows vary from call to call: a kernel for each of their divisors would gain nothing. Triton obeys for
 # arguments only, not for what is in a tuple.
 @triton.jit(
@@ -147,37 +76,54 @@ def forward_kernel(
     maximum, total = softmax.start(
         scores.sink_of(sequence, head_q, variant), variant.unit, variant.sink_ptr is not None, BLOCK_M
     )
-    state = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), maximum, total
+    values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
+    v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
     bounds = scores.key_blocks(first_row, sequence, head, variant, BLOCK_M, BLOCK_N)
-    # Blocks at the left edge of the window, whole blocks, and those at the right edge or the end of the sequence.
+    # Blocks at the left edge of the window, whole blocks, and those at the right edge or the end of the sequence: only
+    # the whole ones (part 1) need no mask.
     for part in tl.static_range(3):
         if part != 0 or variant.window_left is not None:
-            state = _attend(
-                state,
-                q,
-                k_ptr,
-                v_ptr,
-                strides_k,
-                strides_v,
-                bounds[part],
-                bounds[part + 1],
-                first_row,
-                sequence,
-                head,
-                layout,
-                variant,
-                bias,
-                part != 1,
-                HEAD_DIM,
-                HEAD_DIM_V,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                PRECISION,
-                WIDE,
-            )
-    values, maximum, total = state
+            for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
+                columns = start + tl.arange(0, BLOCK_N)
+                if layout.block_table_ptr is None:
+                    k_ptrs = tiles.row_start(k_ptr, start, strides_k) + k_offsets
+                    v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
+                else:
+                    k_ptrs = k_ptr + tiles.paged_offsets(columns, sequence, layout, strides_k, BLOCK_D)
+                    v_ptrs = v_ptr + tiles.paged_offsets(columns, sequence, layout, strides_v, BLOCK_DV)
+                # (BLOCK_N, BLOCK_D)
+                k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, part != 1)
+                # (BLOCK_M, BLOCK_N)
+                products = tl.dot(q, k.T, input_precision=PRECISION)
+                s = scores.scores(
+                    products,
+                    first_row,
+                    start,
+                    sequence,
+                    head,
+                    variant,
+                    bias,
+                    part != 1,
+                    BLOCK_M,
+                    BLOCK_N,
+                    q.dtype == tl.float32,
+                    WIDE,
+                )
+                weights, factor, maximum, total = softmax.update(
+                    s, variant.unit, maximum, total, part != 1 or bias is not None
+                )
+                if variant.dropout_threshold is not None:
+                    weights = tl.where(scores.keep(first_row, start, head, variant, BLOCK_M, BLOCK_N), weights, 0.0)
+                # (BLOCK_N, BLOCK_DV)
+                v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, part != 1)
+                if q.dtype == tl.float32 and PRECISION == "ieee":
+                    # Each block is summed by itself: one chain of roundings through all keys errs twice as much at
+                    # 16k. Not written as a sum, which Triton would fold back into the product's accumulator.
+                    block = tl.dot(weights, v, input_precision=PRECISION)
+                    values = tl.fma(values, tl.broadcast_to(factor[:, None], [BLOCK_M, BLOCK_DV]), block)
+                else:
+                    values = tl.dot(weights.to(v.dtype), v, values * factor[:, None], input_precision=PRECISION)
     factor, lse = softmax.finish(maximum, total, variant.unit)
     if variant.dropout_threshold is not None:
         factor *= variant.dropout_scale

@@ -6,8 +6,10 @@ knows: the signature that it was made for decides that.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
+import triton
 from torch import Tensor
 
 
@@ -23,14 +25,22 @@ class Launch:
         self.constants = tuple(constants.values())
         # Said, because a Triton release changed the default.
         self.options = {**options, "enable_fp_fusion": True}
-        self.compiled, self.run = None, None
+        self.compiled, self.run, self.stream_of = None, None, None
 
     def __call__(self, tensors: tuple[Tensor, ...], rest: tuple) -> None:
-        """The function's arguments are ``(*tensors, *rest, *constants)``. Runs on the current device."""
-        if self.run is not None:
-            # As integers: a launcher asks the driver about every tensor that it is given.
-            self.run(*[x.data_ptr() for x in tensors], *rest, *self.constants)
+        """The function's arguments are ``(*tensors, *rest, *constants)``. Runs on the first tensor's device, which must
+        be the current one.
+        """
+        if self.run is None:
+            self.compiled = self.function[self.grid](*tensors, *rest, *self.constants, **self.options)
+            if self.compiled is not None:  # None if it was interpreted
+                self.run = self.compiled[self.grid]
+                if "stream" in inspect.signature(self.run).parameters:
+                    self.stream_of = triton.runtime.driver.active.get_current_stream
             return
-        self.compiled = self.function[self.grid](*tensors, *rest, *self.constants, **self.options)
-        if self.compiled is not None:  # None if it was interpreted
-            self.run = self.compiled[self.grid]
+        # Tensors as integers: a launcher asks the driver about every tensor that it is given.
+        pointers = [x.data_ptr() for x in tensors]
+        if self.stream_of is None:
+            self.run(*pointers, *rest, *self.constants)
+        else:  # it would ask which device is the current one
+            self.run(*pointers, *rest, *self.constants, stream=self.stream_of(tensors[0].get_device()))

@@ -26,7 +26,6 @@ class Variant(NamedTuple):
     window_left: tl.tensor | None  # None: unlimited
     window_right: tl.tensor | None
     unit: tl.tensor | None = None  # what brings products to base 2: see softmax.py
-    unit_rest: tl.tensor | None = None
     scale: tl.tensor | None = None
     softcap: tl.tensor | None = None
     slopes_ptr: tl.tensor | None = None  # ALiBi

@@ -27,12 +27,10 @@ def start(sink, unit, HAS_SINK: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def update(scores, unit, unit_rest, maximum, total, SAFE: tl.constexpr):
+def update(scores, unit, maximum, total, SAFE: tl.constexpr):
     """Take in a block of scores (BLOCK_M, BLOCK_N): its weights, the factor of what was summed before, the new state.
 
     SAFE where a row's scores may all be -inf: then 0 stands for the maximum, and the weights are 0 instead of NaN.
-    ``unit_rest`` is what float32 cannot hold of the unit, for float32 inputs: beside scores of 50, the rounding of
-    the unit is the largest error of a weight. None leaves it out.
     """
     block_maximum = tl.max(scores, 1)
     if unit is not None:
@@ -47,11 +45,6 @@ def update(scores, unit, unit_rest, maximum, total, SAFE: tl.constexpr):
     else:
         exponents = (scores - shift[:, None]) * LOG2_E
         difference = (maximum - shift) * LOG2_E
-    if unit_rest is not None:
-        if SAFE:
-            exponents += tl.where(scores == float("-inf"), 0.0, scores) * unit_rest
-        else:
-            exponents += scores * unit_rest
     weights = tl.math.exp2(exponents)
     factor = tl.math.exp2(difference)
     return weights, factor, new_maximum, total * factor + tl.sum(weights, 1)

@@ -129,7 +129,7 @@ def query_tile(program, layout, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr)
     if layout.cu_seqlens_q_ptr is None:
         tiles = tl.cdiv(layout.rows_q, BLOCK_M)
     else:
-        tiles = layout.rows_q // BLOCK_M + layout.batch + 2  # of all segments
+        tiles = _first_tile(layout.rows_q, layout.batch + 2, BLOCK_M)  # of all segments
     tile = program % tiles
     if LAST_FIRST:
         tile = tiles - 1 - tile

@@ -1,0 +1,249 @@
+"""eager.py: a repeated call goes past the dispatcher, unless anything there would want to see it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flash_attn_plus
+from flash_attn_plus import eager, library
+
+OFFSETS = torch.tensor([0, 3, 8], dtype=torch.int32)
+
+
+def inputs(requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, 8, 2, 16, generator=generator).requires_grad_(requires_grad) for _ in range(3))
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    return flash_attn_plus.flash_attn_func(q, k, v, causal=True, **options)
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.squeeze(0) for x in (q, k, v))
+    return flash_attn_plus.flash_attn_varlen_func(q, k, v, OFFSETS, OFFSETS, 5, 5, causal=True).unsqueeze(0)
+
+
+class Spy:
+    """Stands for an operator and counts the calls that go to it."""
+
+    def __init__(self, op) -> None:
+        self.op, self.calls = op, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.op(*args)
+
+
+@pytest.fixture(autouse=True)
+def crossings(monkeypatch) -> Spy:
+    spy = Spy(eager._fwd)
+    monkeypatch.setattr(eager, "_fwd", spy)
+    for remembered in library._remembered.values():
+        remembered.clear()
+    return spy
+
+
+def test_the_second_call_goes_past_the_dispatcher(crossings):
+    x = inputs()
+    first = dense(*x)
+    assert crossings.calls == 1
+    assert torch.equal(dense(*x), first)
+    assert torch.equal(dense(*inputs()), first)  # other tensors of the same signature
+    assert crossings.calls == 1
+    dense(*x, softcap=2.0)
+    assert crossings.calls == 2
+
+
+def test_packed(monkeypatch):
+    spy = Spy(eager._varlen_fwd)
+    monkeypatch.setattr(eager, "_varlen_fwd", spy)
+    x = inputs()
+    assert torch.equal(packed(*x), packed(*x))
+    assert spy.calls == 1
+
+
+def test_results_are_those_of_the_operator():
+    x = inputs()
+    for _ in range(2):
+        out, lse = flash_attn_plus.flash_attn_func(*x, return_lse=True)
+    expected = torch.ops.flash_attn_plus.fwd(*x)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_without_gradients(context, crossings):
+    x = inputs()
+    dense(*x)
+    with context():
+        out = dense(*x)
+    assert crossings.calls == 1
+    assert out.is_inference() == (context is torch.inference_mode)
+
+
+def test_inputs_that_require_no_gradient_in_this_call(crossings):
+    x = inputs(requires_grad=True)
+    dense(*x)
+    with torch.no_grad():
+        dense(*x)
+    assert crossings.calls == 1
+
+
+class Sees(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class TestWhoeverListensIsAsked:
+    """The signature is remembered in each of these tests before the call that matters."""
+
+    @pytest.fixture(autouse=True)
+    def remembered(self, crossings) -> None:
+        dense(*inputs())
+        dense(*inputs())
+        assert crossings.calls == 1
+
+    def test_gradients(self, crossings):
+        x = inputs(requires_grad=True)
+        dense(*x).sum().backward()
+        assert crossings.calls == 2
+        assert all(tensor.grad.abs().sum() > 0 for tensor in x)
+
+    @pytest.mark.parametrize("option", ["sink", "attn_bias"])
+    def test_gradients_of_options(self, option):
+        shape = (2,) if option == "sink" else (1, 2, 8, 8)
+        values = torch.zeros(shape)
+        for _ in range(2):
+            dense(*inputs(), **{option: values})
+        values = values.clone().requires_grad_()
+        dense(*inputs(), **{option: values}).square().sum().backward()
+        assert values.grad.abs().sum() > 0
+
+    @pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad])
+    def test_forward_mode(self, context, crossings):
+        with context(), torch.autograd.forward_ad.dual_level():
+            q, k, v = inputs()
+            q = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                dense(q, k, v)
+        assert crossings.calls == 2
+
+    def test_autocast(self):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert dense(*inputs()).dtype == torch.bfloat16
+
+    def test_a_mode(self):
+        with Sees() as mode:
+            dense(*inputs())
+        assert torch.ops.flash_attn_plus.fwd.default in mode.seen
+
+    @pytest.mark.parametrize("pre_dispatch", [False, True])
+    def test_a_tracer(self, pre_dispatch):
+        graph = make_fx(lambda q, k, v: dense(q, k, v), pre_dispatch=pre_dispatch)(*inputs()).graph
+        assert torch.ops.flash_attn_plus.fwd.default in {node.target for node in graph.nodes}
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    def test_the_tracer_of_torchscript(self):
+        traced = torch.jit.trace(dense, inputs(), check_trace=False)
+        assert "flash_attn_plus::fwd" in str(traced.graph)
+
+    def test_the_profiler(self):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            dense(*inputs())
+        assert "flash_attn_plus::fwd" in {event.key for event in profile.key_averages()}
+
+    def test_transforms(self):
+        q, k, v = inputs()
+        mapped = torch.vmap(dense)(*(torch.stack([x, 2 * x]) for x in (q, k, v)))
+        torch.testing.assert_close(mapped[0], dense(q, k, v))
+        (gradient,) = torch.func.grad(lambda *x: dense(*x).square().sum(), argnums=(0,))(q, k, v)
+        assert gradient.abs().sum() > 0
+
+    def test_compile(self):
+        graphs = []
+
+        def backend(module, _):
+            graphs.append(module.graph)
+            return module.forward
+
+        torch.compile(dense, backend=backend, fullgraph=True)(*inputs())
+        assert torch.ops.flash_attn_plus.fwd.default in {node.target for node in graphs[0].nodes}
+
+
+class TestTensorsThatAreNotWhatTheyLookLike:
+    """Shape, strides, dtype and device of a tensor whose signature is remembered, and yet other values."""
+
+    @pytest.fixture(autouse=True)
+    def remembered(self) -> None:
+        for _ in range(2):
+            dense(*inputs())
+
+    def test_a_negative_bit(self):
+        q, k, v = inputs()
+        negative = torch._neg_view(q)
+        assert negative.is_neg() and torch.equal(negative.resolve_neg(), -q)
+        assert torch.equal(dense(negative, k, v), dense(-q, k, v))
+
+    def test_a_zero_without_memory(self):
+        q, k, v = inputs()
+        zero = torch._efficientzerotensor(q.shape)
+        torch.testing.assert_close(dense(zero, k, v), dense(torch.zeros_like(q), k, v))
+
+    def test_a_wrapper(self):
+        q, k, v = inputs()
+        wrapped = torch._to_functional_tensor(q)
+        assert library.recall("fwd", (wrapped, k, v)) is None
+
+    def test_a_class_with_torch_dispatch(self):
+        class Negated(Tensor):
+            """Its values are the negatives of what lies in memory."""
+
+            __torch_function__ = torch._C._disabled_torch_function_impl
+
+            @staticmethod
+            def __new__(cls, x):
+                negated = Tensor._make_subclass(cls, x)
+                negated.plain = x
+                return negated
+
+            @classmethod
+            def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+                return func(*(-x.plain if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+        q, k, v = inputs()
+        with torch.no_grad():
+            assert torch.equal(dense(Negated(q), k, v), dense(-q, k, v))
+
+    def test_a_parameter_is_a_plain_tensor(self, crossings):
+        q, k, v = inputs()
+        before = crossings.calls
+        with torch.no_grad():
+            dense(torch.nn.Parameter(q), k, v)
+        assert crossings.calls == before
+
+    def test_numbers_that_the_dispatcher_converts(self):
+        import numpy
+
+        q, k, v = inputs()
+        expected = dense(q, k, v, softmax_scale=0.5)
+        for scale in (numpy.float64(0.5), torch.tensor(0.5)):
+            for _ in range(2):
+                assert torch.equal(dense(q, k, v, softmax_scale=scale), expected)
+
+
+def test_errors_are_raised_again():
+    q, k, v = inputs()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="softcap"):
+            dense(q, k, v, softcap=-1.0)
