@@ -138,7 +138,7 @@ def _measure_amd(compiled) -> Compiled:
 
 def _chained(compiled) -> bool:
     sums = re.findall(r" = tt\.dot %\w+, %\w+, %(\w+)", compiled.asm["ttgir"])
-    return not all(name.startswith("cst") for name in sums)
+    return not sums or not all(name.startswith("cst") for name in sums)
 
 
 def _run(tool: str, *args) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_attn_plus
 from flash_attn_plus import eager, library
+from flash_attn_plus.schemas import Variant
 
 OFFSETS = torch.tensor([0, 3, 8], dtype=torch.int32)
 
@@ -28,6 +30,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.squeeze(0) for x in (q, k, v))
     return flash_attn_plus.flash_attn_varlen_func(q, k, v, OFFSETS, OFFSETS, 5, 5, causal=True).unsqueeze(0)
+
+
+def recalled(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return library.recall("fwd", (q, k, v, *Variant(causal=True))) is not None
 
 
 class Spy:
@@ -143,6 +149,11 @@ class TestWhoeverListensIsAsked:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert dense(*inputs()).dtype == torch.bfloat16
 
+    def test_mps_which_has_an_autocast_of_its_own(self):
+        with torch.no_grad():
+            assert eager._dispatcher_is_idle((SimpleNamespace(is_mps=False),))
+            assert not eager._dispatcher_is_idle((SimpleNamespace(is_mps=True),))
+
     def test_a_mode(self):
         with Sees() as mode:
             dense(*inputs())
@@ -158,8 +169,11 @@ class TestWhoeverListensIsAsked:
         traced = torch.jit.trace(dense, inputs(), check_trace=False)
         assert "flash_attn_plus::fwd" in str(traced.graph)
 
-    def test_the_profiler(self):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    @pytest.mark.parametrize("everywhere", [False, True])
+    def test_the_profiler(self, everywhere):
+        config = torch._C._profiler._ExperimentalConfig(profile_all_threads=everywhere)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, experimental_config=config) as profile:
             dense(*inputs())
         assert "flash_attn_plus::fwd" in {event.key for event in profile.key_averages()}
 
@@ -193,17 +207,19 @@ class TestTensorsThatAreNotWhatTheyLookLike:
         q, k, v = inputs()
         negative = torch._neg_view(q)
         assert negative.is_neg() and torch.equal(negative.resolve_neg(), -q)
+        assert recalled(q, k, v) and not recalled(negative, k, v)
         assert torch.equal(dense(negative, k, v), dense(-q, k, v))
 
     def test_a_zero_without_memory(self):
         q, k, v = inputs()
         zero = torch._efficientzerotensor(q.shape)
+        assert not recalled(zero, k, v)
         torch.testing.assert_close(dense(zero, k, v), dense(torch.zeros_like(q), k, v))
 
     def test_a_wrapper(self):
         q, k, v = inputs()
         wrapped = torch._to_functional_tensor(q)
-        assert library.recall("fwd", (wrapped, k, v)) is None
+        assert not recalled(wrapped, k, v)
 
     def test_a_class_with_torch_dispatch(self):
         class Negated(Tensor):
@@ -222,6 +238,7 @@ class TestTensorsThatAreNotWhatTheyLookLike:
                 return func(*(-x.plain if isinstance(x, cls) else x for x in args), **(kwargs or {}))
 
         q, k, v = inputs()
+        assert not recalled(Negated(q), k, v)
         with torch.no_grad():
             assert torch.equal(dense(Negated(q), k, v), dense(-q, k, v))
 
@@ -240,6 +257,28 @@ class TestTensorsThatAreNotWhatTheyLookLike:
         for scale in (numpy.float64(0.5), torch.tensor(0.5)):
             for _ in range(2):
                 assert torch.equal(dense(q, k, v, softmax_scale=scale), expected)
+
+
+def test_lengths_are_integers_every_time():
+    q, k, v = (x[0] for x in inputs())
+    for length in (8, 8, 8.0):
+        with contextlib.nullcontext() if length.__class__ is int else pytest.raises(RuntimeError, match="int"):
+            flash_attn_plus.flash_attn_varlen_func(q, k, v, OFFSETS, OFFSETS, length, 8)
+
+
+def test_integers_for_floats_are_converted_every_time():
+    x = inputs()
+    for scale in (2.0**64, 2**64, 2.0**64, 2**64):
+        assert dense(*x, softmax_scale=scale, softcap=1.0).isfinite().all()
+
+
+def test_results_are_no_views():
+    """A view that was made under no_grad could not be changed in place."""
+    q, k, v = (x[:, :, :1].double() for x in inputs())
+    with torch.no_grad():
+        for _ in range(2):
+            results = flash_attn_plus.flash_attn_func(q, k, v, return_lse=True)
+    assert not any(x._is_view() for x in results)
 
 
 def test_errors_are_raised_again():

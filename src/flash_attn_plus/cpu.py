@@ -121,7 +121,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> tuple[Tensor, 
         return torch.ops.flash_attn_plus._cpu_forward.default(q, k, v, scale, left, right, diagonal)
     heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
     out, lse = _aten_forward(*heads_first, 0.0, right == 0, scale=scale)
-    return out.transpose(1, 2).contiguous(), lse.contiguous()
+    return _own(out.transpose(1, 2)), _own(lse)
+
+
+def _own(x: Tensor) -> Tensor:
+    """Contiguous and no view: a view that was made without gradients must not be changed in place later."""
+    x = x.contiguous()
+    return x.clone() if x._is_view() else x
 
 
 def backward(dout, q, k, v, out, lse, dlse, variant: Variant, need_dq: bool, need_dkv: bool, need_dbias: bool):

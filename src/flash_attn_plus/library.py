@@ -171,28 +171,31 @@ def _fake(name: str) -> Callable:
 _remembered: dict[str, dict[tuple, Callable]] = {name: {} for name in _OPERATORS}
 _MOST_REMEMBERED = 4096
 
-_NUMBERS = frozenset((type(None), bool, int, float, torch.dtype))
+_VALUES = frozenset((type(None), bool, int, torch.dtype))
 
 
-def _description(x: Tensor) -> tuple:
-    """What checks and the choice of a kernel depend on; and what no tensor has that the dispatcher brought to a device:
-    a negative bit, or elements without an address.
-    """
+def _description(x: Tensor | float) -> tuple:
+    if x.__class__ is float:
+        return (x,)  # not equal to an int of the same value, which the dispatcher would convert, or refuse
     if x.__class__ is not Tensor and torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python):
         raise TypeError("its class has a __torch_dispatch__, which must be asked every time")
     address = x.data_ptr()
-    return x.shape, x.stride(), x.dtype, x.device, address % 16 if address else None, x.is_neg()
+    if address == 0:
+        raise TypeError("no elements, or zeros without memory: the dispatcher tells them apart")
+    # The negative bit: no tensor has it that came to a device through the dispatcher.
+    return x.shape, x.stride(), x.dtype, x.device, address % 16, x.is_neg()
 
 
 def signature(args: tuple) -> tuple | None:
     """All that checks and the choice of a kernel depend on, of all arguments of a call. Values of tensors are not: they
     are never read there.
 
-    None where nothing can be remembered: tensors without strides or storage, and what only the dispatcher understands.
+    None where nothing can be remembered: tensors without strides, elements or storage, and what only the dispatcher
+    understands.
     """
     try:
-        described = [x if x.__class__ in _NUMBERS else _description(x) for x in args]
-    except (RuntimeError, TypeError, AttributeError):
+        described = [x if x.__class__ in _VALUES else _description(x) for x in args]
+    except (RuntimeError, TypeError):
         return None
     if args[0].dtype is torch.float32:
         described.append(device.allows_tf32())
@@ -200,7 +203,7 @@ def signature(args: tuple) -> tuple | None:
 
 
 def recall(name: str, args: tuple) -> Callable | None:
-    """What ran when a call of this signature last came through the dispatcher; it takes the structured arguments."""
+    """What ran for a call of this signature that came through the dispatcher; it takes the structured arguments."""
     return _remembered[name].get(signature(args))
 
 
@@ -227,7 +230,7 @@ def _device_kernel(name: str, module: str) -> Callable:
             run = prepared(structured)
             if len(remembered) >= _MOST_REMEMBERED:
                 remembered.clear()
-            if of_call is not None:
+            if of_call is not None and all(x == x for x in args if x.__class__ is float):  # NaN is never found again
                 remembered[of_call] = run
         return run(*structured)
 
@@ -252,6 +255,7 @@ def register_device(dispatch_key: str) -> None:
         raise ValueError(f"dispatch_key: {dispatch_key!r} is registered already")
     for name in _OPERATORS:
         _library.impl(name, _device_kernel(name, "gpu"), dispatch_key)
+        _remembered[name].clear()  # what ran there until now
     BACKENDS[dispatch_key] = "gpu"
 
 
