@@ -1,6 +1,7 @@
-"""Measures the forward's tiles on this machine's GPU and prints the fastest, for plan.py.
+"""Measures tiles on this machine's GPU and prints the fastest, for plan.py.
 
-    python benchmark/tune.py                                     # bfloat16, plain and with options
+    python benchmark/tune.py                                     # the forward; bfloat16, plain and with options
+    python benchmark/tune.py --kernel queries keys               # the passes of the backward: dq; dk and dv
     python benchmark/tune.py --head-dim 128 --dtype float32 --seqlen 4096 --csv tiles.csv
 
 Each candidate is compiled in a pool of processes, checked against the plan that is there, and timed: the median over
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
 import itertools
 import os
 import statistics
@@ -24,6 +24,7 @@ import torch
 from attention import checkout, machine
 
 from flash_attn_plus import plan
+from flash_attn_plus.kernels.backward import Backward
 from flash_attn_plus.kernels.forward import Forward
 from flash_attn_plus.plan import Plan
 from flash_attn_plus.schemas import Variant
@@ -31,7 +32,12 @@ from flash_attn_plus.schemas import Variant
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+# Matrix products of each kernel, of which the forward's two are its FLOP.
+PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
+
+
 class Problem(NamedTuple):
+    kernel: str
     head_dim: int
     seqlen: int
     causal: bool
@@ -55,38 +61,77 @@ class Problem(NamedTuple):
         return q, k, v, Variant(causal=self.causal, **chosen)
 
     def flops(self) -> float:
-        whole = 4 * 16384 * self.seqlen * 2048
+        whole = 2 * PRODUCTS[self.kernel] * 16384 * self.seqlen * 2048
         return whole / 2 if self.causal else whole
 
 
-def candidates(dtype: str) -> list[Plan]:
+def candidates(kernel: str, dtype: str) -> list[Plan]:
     if dtype == "float32":  # on the ordinary units, whose operands are registers
         rows, columns, stages = (16, 32, 64), (16, 32, 64), (1, 2)
-    else:
+    elif kernel == "forward":
         rows, columns, stages = (64, 128), (32, 64, 128), (1, 2, 3, 4)
+    elif kernel == "queries":
+        rows, columns, stages = (64, 128), (32, 64, 128), (1, 2, 3)
+    else:
+        rows, columns, stages = (32, 64, 128), (64, 128), (1, 2, 3)
     return [Plan(*x) for x in itertools.product(rows, columns, (4, 8), stages)]
 
 
-def forward_with(tiles: Plan, inputs) -> Forward:
-    chosen, plan.forward = plan.forward, lambda problem: tiles
-    try:
-        return Forward(*inputs)
-    finally:
-        plan.forward = chosen
+class Run:
+    """One kernel with given tiles (None: those of plan.py), which can be run alone."""
+
+    def __init__(self, kernel: str, inputs, tiles: Plan | None = None) -> None:
+        function = "forward" if kernel == "forward" else "backward"
+        chosen = getattr(plan, function)
+
+        def instead(problem):
+            return tiles if kernel == "forward" else chosen(problem)._replace(**{kernel: tiles})
+
+        if tiles is not None:
+            setattr(plan, function, instead)
+        try:
+            self.forward = Forward(*inputs)
+            if kernel != "forward":
+                out, lse = self.forward(*inputs)
+                q, k, v, variant = inputs
+                dout = torch.randn(out.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+                self.inputs = (dout.to(q.dtype), q, k, v, out, lse, None, variant, True, True, False)
+                self.backward = Backward(*self.inputs)
+        finally:
+            setattr(plan, function, chosen)
+        self.kernel, self.of_forward = kernel, inputs
+
+    def result(self) -> torch.Tensor:
+        if self.kernel == "forward":
+            return self.forward(*self.of_forward)[0].float()
+        return self.backward(*self.inputs)[0 if self.kernel == "queries" else 1].float()
+
+    def alone(self) -> None:
+        if self.kernel == "forward":
+            self.forward(*self.of_forward)
+        else:
+            self.backward(*self.inputs)
+
+    def isolate(self) -> Run:
+        if self.kernel != "forward":
+            setattr(self.backward, "keys" if self.kernel == "queries" else "queries", None)
+        return self
+
+    def spilled(self) -> int:
+        launch = self.forward.launch if self.kernel == "forward" else getattr(self.backward, self.kernel)
+        return 4 * launch.compiled.n_spills
 
 
-def compiled(work: tuple[Problem, Plan]) -> str:
-    """Fills the compiler's cache in a process of its own; says why a candidate cannot run, or nothing."""
-    problem, tiles = work
+def compiled(work: tuple[Problem, Plan, int]) -> str:
+    """Fills the compiler's cache in a process of its own; says why a candidate is not timed, or nothing."""
+    problem, tiles, most_spilled = work
     try:
-        inputs = problem.make()
-        forward = forward_with(tiles, inputs)
-        forward(*inputs)
+        run = Run(problem.kernel, problem.make(), tiles)
+        run.alone()
         torch.cuda.synchronize()
     except Exception as error:  # whatever the compiler raises rules the candidate out
         return f"{type(error).__name__}: {str(error)[:60]}".replace("\n", " ")
-    spilled = 4 * forward.launch.compiled.n_spills
-    return f"spills {spilled} bytes" if spilled > 64 else ""
+    return f"spills {run.spilled()} bytes" if run.spilled() > most_spilled else ""
 
 
 def milliseconds(run, repeats: int) -> float:
@@ -102,18 +147,19 @@ def milliseconds(run, repeats: int) -> float:
 def measure(problem: Problem, rivals: list[Plan], rounds: int) -> list[tuple[float, Plan]]:
     """(TFLOP/s, plan), the fastest first."""
     inputs = problem.make()
-    expected = Forward(*inputs)(*inputs)[0].float()
+    expected = Run(problem.kernel, inputs).result()
     runs, times = {}, {}
     for tiles in rivals:
-        runs[tiles] = forward_with(tiles, inputs)
-        error = ((runs[tiles](*inputs)[0].float() - expected).norm() / expected.norm()).item()
+        runs[tiles] = Run(problem.kernel, inputs, tiles)
+        error = ((runs[tiles].result() - expected).norm() / expected.norm()).item()
+        runs[tiles].isolate()
         if error < 1e-2:
             times[tiles] = []
         else:
             print(f"  wrong: {tiles}: {error:.2g}")
     for _ in range(rounds):
         for tiles, measured in times.items():
-            run = functools.partial(runs[tiles], *inputs)
+            run = runs[tiles].alone
             repeats = max(1, int(4 / milliseconds(run, 1)))
             measured.append(milliseconds(run, repeats))
     rates = [(problem.flops() / statistics.median(taken) / 1e9, tiles) for tiles, taken in times.items()]
@@ -122,11 +168,13 @@ def measure(problem: Problem, rivals: list[Plan], rounds: int) -> list[tuple[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", choices=PRODUCTS, nargs="+", default=["forward"])
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--seqlen", type=int, nargs="+", default=[4096])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--mask", choices=("full", "causal"), nargs="+", default=["full", "causal"])
     parser.add_argument("--option", nargs="+", default=["", "alibi"], help="softcap, alibi, bias, dropout, window")
+    parser.add_argument("--most-spilled", type=int, default=64, help="bytes of registers; more is not timed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--top", type=int, default=6, help="how many to show of each problem")
     parser.add_argument("--csv", help="write every measurement there")
@@ -136,20 +184,24 @@ def main() -> None:
         sys.exit("a GPU is needed to measure tiles on")
 
     problems = [
-        Problem(head_dim, seqlen, mask == "causal", option, args.dtype)
-        for head_dim, seqlen, mask, option in itertools.product(args.head_dim, args.seqlen, args.mask, args.option)
+        Problem(kernel, head_dim, seqlen, mask == "causal", option, args.dtype)
+        for kernel, head_dim, seqlen, mask, option in itertools.product(
+            args.kernel, args.head_dim, args.seqlen, args.mask, args.option
+        )
     ]
-    work = [(problem, tiles) for problem in problems for tiles in candidates(args.dtype)]
+    work = [(problem, tiles) for problem in problems for tiles in candidates(problem.kernel, args.dtype)]
     workers = min(12, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        reasons = dict(zip(work, pool.map(compiled, work, chunksize=2), strict=True))
+        told = pool.map(compiled, [(*item, args.most_spilled) for item in work], chunksize=2)
+        reasons = dict(zip(work, told, strict=True))
 
     rows = []
     for problem in problems:
         rivals = [tiles for p, tiles in work if p == problem and not reasons[p, tiles]]
         measured = measure(problem, rivals, args.rounds)
-        name = f"d{problem.head_dim} s{problem.seqlen} {'causal' if problem.causal else 'full'} {problem.option}"
-        print(f"{name}: {len(rivals)} of {len(work) // len(problems)} run")
+        mask = "causal" if problem.causal else "full"
+        name = f"{problem.kernel} d{problem.head_dim} s{problem.seqlen} {mask} {problem.option}"
+        print(f"{name}: {len(rivals)} of {sum(p == problem for p, _ in work)} run")
         for (p, tiles), reason in reasons.items():
             if p == problem and reason:
                 print(f"  not timed: {tuple(tiles)}: {reason}")

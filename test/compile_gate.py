@@ -49,7 +49,8 @@ def main(arch: str, kinds: list[str]) -> None:
             arguments_of_call = problem(kind, dtype, dim)
             forward.Forward(*arguments_of_call)(*arguments_of_call)
             [taken] = offline.compiled_kernels(forward.forward_kernel)
-            tiles = arguments.plan_of(*arguments_of_call)
+            q, _, v, variant, varlen = arguments_of_call
+            tiles = plan.forward(arguments.problem(q, v, variant, varlen))
             row = {"itemsize": itemsize, "dim": dim, "kind": kind, "plan": list(tiles), **taken._asdict()}
             print(json.dumps(row), flush=True)
 

@@ -42,14 +42,43 @@ def _as_float32(handle):
     return _Handle(widened(handle.data), tl.float32) if _is_bf16(handle) else handle
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """out, lse of the kernels, by the path that a call on a GPU takes behind the checks."""
+def attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out, lse of the kernels, differentiable, by the path that a call on a GPU takes behind the checks."""
     install()
     q, k, v, variant, varlen = problem
-    with torch.no_grad():
-        if varlen is None:
-            return gpu.prepare_forward(q, k, v, variant)(q, k, v, variant)
-        return gpu.prepare_varlen_forward(q, k, v, varlen, variant)(q, k, v, varlen, variant)
+    options = [name for name, value in variant._asdict().items() if isinstance(value, Tensor)]
+    return _Attention.apply(variant, varlen, options, q, k, v, *(getattr(variant, name) for name in options))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, variant, varlen, options, q, k, v, *tensors):
+        # Saved by themselves: what a Variant holds must not require gradients in here.
+        variant = variant._replace(**dict(zip(options, (x.detach() for x in tensors), strict=True)))
+        layout = () if varlen is None else (varlen,)
+        prepare = gpu.prepare_forward if varlen is None else gpu.prepare_varlen_forward
+        arguments = (q, k, v, *layout, variant)
+        out, lse = prepare(*arguments)(*arguments)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.layout, ctx.variant, ctx.options = layout, variant, options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse = ctx.saved_tensors
+        need = dict(zip(ctx.options, ctx.needs_input_grad[6:], strict=True))
+        needs = (ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:6]), need.get("attn_bias", False))
+        dout = torch.zeros_like(out) if dout is None else dout
+        arguments = (dout, q, k, v, out, lse, dlse, *ctx.layout, ctx.variant, *needs)
+        prepare = gpu.prepare_varlen_backward if ctx.layout else gpu.prepare_backward
+        dq, dk, dv, dsink, dbias = prepare(*arguments)(*arguments)
+        sink = ctx.variant.sink
+        if sink is not None:
+            dsink = (dsink if sink.dim() == 2 else dsink.sum(0)).to(sink.dtype)
+        of_options = {"sink": dsink, "attn_bias": dbias}
+        grads = (of_options[name] if wanted else None for name, wanted in need.items())
+        return None, None, None, dq, dk, dv, *grads
 
 
 @functools.cache

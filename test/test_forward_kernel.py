@@ -28,7 +28,7 @@ def run(problem: Problem):
         return run_op(problem)
     import interpreter
 
-    return interpreter.forward(problem)
+    return interpreter.attention(problem)
 
 
 @pytest.fixture

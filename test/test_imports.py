@@ -36,14 +36,21 @@ FLOORS = {
     "library": Floor("checks device native schemas", on_call="autograd autocast vmap flops"),
     "flops": Floor("schemas"),
     "cpu": Floor("checks native rowblocks states strides schemas"),
-    "gpu": Floor("device rowblocks states schemas", on_call="kernels.forward kernels.arguments"),
+    "gpu": Floor("device plan rowblocks states schemas", on_call="kernels.arguments kernels.backward kernels.forward"),
     "anywhere": Floor("checks rowblocks states schemas"),
     "kernels.forward": Floor(
         "kernels.arguments kernels.launch kernels.scores kernels.softmax kernels.tiles device plan strides schemas",
         outside="torch triton",
     ),
+    "kernels.backward": Floor(
+        "kernels.arguments kernels.backward_kv kernels.backward_options kernels.backward_q kernels.launch"
+        " kernels.tiles plan strides schemas"
+    ),
+    "kernels.backward_q": Floor("kernels.scores kernels.tiles", outside="triton"),
+    "kernels.backward_kv": Floor("kernels.scores kernels.tiles", outside="triton"),
+    "kernels.backward_options": Floor("kernels.scores kernels.tiles", outside="triton"),
     "kernels.arguments": Floor("kernels.scores kernels.tiles device plan strides schemas"),
-    "kernels.launch": Floor(outside="torch triton"),
+    "kernels.launch": Floor("device", outside="torch triton"),
     "kernels.scores": Floor("kernels.softmax", outside="triton"),
     "kernels.softmax": Floor(outside="triton"),
     "kernels.tiles": Floor(outside="triton"),

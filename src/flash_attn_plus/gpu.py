@@ -11,20 +11,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import device, rowblocks, states
+from . import device, plan, rowblocks, states
 from .schemas import Variant, Varlen
 
-backward = rowblocks.backward
-varlen_backward = rowblocks.varlen_backward
 combine = states.combine
 merge_states = states.merge_states
 
 
 def why_row_blocks(q: Tensor) -> str | None:
-    """Why the forward is not a Triton kernel, or None where it is."""
+    """Why the forward and the backward are not Triton kernels, or None where they are."""
     if q.dtype == torch.float64:
         return "the kernels have no float64"
     return device.why_no_triton()
+
+
+# Each takes the arguments of an operator, and returns what computes it for arguments of their signature.
 
 
 def prepare_forward(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> Callable:
@@ -44,11 +45,31 @@ def prepare_varlen_forward(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, vari
     return lambda q, k, v, layout, variant: run(q, k, v, variant, layout)
 
 
+def prepare_backward(dout, q, k, v, out, lse, dlse, variant: Variant, *needs: bool) -> Callable:
+    if why_row_blocks(q):
+        return rowblocks.backward
+    from .kernels.backward import Backward
+
+    return Backward(dout, q, k, v, out, lse, dlse, variant, *needs)
+
+
+def prepare_varlen_backward(dout, q, k, v, out, lse, dlse, layout: Varlen, variant: Variant, *needs: bool) -> Callable:
+    if why_row_blocks(q):
+        return rowblocks.varlen_backward
+    from .kernels.backward import Backward
+
+    run = Backward(dout, q, k, v, out, lse, dlse, variant, *needs, layout)
+    return lambda dout, q, k, v, out, lse, dlse, layout, variant, *needs: run(
+        dout, q, k, v, out, lse, dlse, variant, *needs, layout
+    )
+
+
 def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
     if reason := why_row_blocks(q):
         chosen = f"row blocks in plain PyTorch: {reason}"
     else:
-        from .kernels.arguments import plan_of
+        from .kernels.arguments import problem
 
-        chosen = f"Triton on {device.architecture(q.device)}: {plan_of(q, k, v, variant, layout)}"
+        tiles = plan.forward(problem(q, v, variant, layout))
+        chosen = f"Triton on {device.architecture(q.device)}: {tiles}"
     return f"forward:  {chosen}\nbackward: row blocks in plain PyTorch: there is no kernel yet"

@@ -114,6 +114,20 @@ FORWARD: dict[str, dict[tuple[int, int], Row]] = {
 FORWARD["sm_120"] = FORWARD["sm_86"]
 FORWARD["gfx90a"] = FORWARD["gfx942"]
 
+
+class BackwardRow(NamedTuple):
+    queries: Plan  # of the pass whose programs own rows: dq
+    keys: Plan  # of the pass whose programs own keys: dk and dv
+    bias: Plan  # of the pass that sums the gradient of the bias
+
+
+def _backward(*tiles: tuple[int, int, int, int]) -> BackwardRow:
+    return BackwardRow(*(Plan(*x) for x in tiles))
+
+
+# As FORWARD: a row without options, and one with.
+BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {}
+
 # Anything that Triton compiles for: small enough for the smallest.
 _ANYWHERE = {2: Plan(32, 32, 4, 1), 4: Plan(16, 16, 4, 1)}
 
@@ -141,3 +155,10 @@ def forward(problem: Problem) -> Plan:
     if problem.seqlen_q <= SHORT:
         return row.short
     return row.options if problem.options else row.plain
+
+
+def backward(problem: Problem) -> BackwardRow:
+    arch = row_arch(problem.arch)
+    if arch not in BACKWARD:
+        return BackwardRow(*[_ANYWHERE[problem.itemsize]] * 3)
+    return BACKWARD[arch][problem.itemsize, max(64, block_dim(problem.head_dim))][problem.options]

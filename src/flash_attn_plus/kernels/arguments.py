@@ -22,6 +22,7 @@ class Result:
     """A contiguous tensor that a kernel fills, on the current device."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, on: torch.device) -> None:
+        shape = tuple(shape)  # not a torch.Size, which the quick function does not take
         strides = torch.empty(shape, dtype=dtype, device="meta").stride()
         self._empty = functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=on)
         quick = device.quick_empty(on)
@@ -32,18 +33,29 @@ class Result:
         return self._empty() if torch.are_deterministic_algorithms_enabled() else self._quick()
 
 
-def layout(q: Tensor, k: Tensor, varlen: Varlen | None) -> tuple:
-    """A kernel's arguments from ``batch`` to ``layout``."""
-    of_batch = _layout(q, k, varlen)
-    return *of_batch[:3], tuple(of_batch[3:])
+class Common:
+    """What all kernels of a call take, from ``group`` to ``bias``. Made anew in every call where tensors are in it."""
 
+    def __init__(self, q: Tensor, k: Tensor, variant: Variant, varlen: Varlen | None) -> None:
+        self.group = q.shape[-2] // k.shape[-2]
+        # Rows and columns of a bias that is full.
+        self.longest = (q.shape[1], k.shape[1]) if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k)
+        self.layout = self._layout(q, k, None) if varlen is None else None
+        self.options = None if any(isinstance(x, Tensor) for x in variant) else self._options(q, variant)
 
-def options(q: Tensor, variant: Variant, longest: tuple[int, int]) -> tuple:
-    """A kernel's arguments from ``diagonal`` to ``bias``. ``longest`` bounds the rows and columns of a bias."""
-    of_call, bias = _variant(q, variant), variant.attn_bias
-    if bias is not None:
-        bias = scores.Bias(bias, *strides_of(bias, (0, 1, 2, 3)), *longest)
-    return *of_call[:3], tuple(of_call[3:]), bias
+    def __call__(self, q: Tensor, k: Tensor, variant: Variant, varlen: Varlen | None) -> tuple:
+        layout = self.layout or self._layout(q, k, varlen)
+        return self.group, *layout, *(self.options or self._options(q, variant))
+
+    def _layout(self, q: Tensor, k: Tensor, varlen: Varlen | None) -> tuple:
+        of_batch = _layout(q, k, varlen)
+        return *of_batch[:3], tuple(of_batch[3:])
+
+    def _options(self, q: Tensor, variant: Variant) -> tuple:
+        of_call, bias = _variant(q, variant), variant.attn_bias
+        if bias is not None:
+            bias = scores.Bias(bias, *strides_of(bias, (0, 1, 2, 3)), *self.longest)
+        return *of_call[:3], tuple(of_call[3:]), bias
 
 
 def _layout(q: Tensor, k: Tensor, varlen: Varlen | None) -> tiles.Layout:
@@ -110,15 +122,13 @@ def _per_batch(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.shape[1] if tensor.dim() == 2 else 0
 
 
-def plan_of(q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None) -> plan.Plan:
-    return plan.forward(
-        plan.Problem(
-            arch=device.architecture(q.device),
-            itemsize=q.element_size(),
-            head_dim=max(q.shape[-1], v.shape[-1]),
-            seqlen_q=q.shape[1] if varlen is None else varlen.max_seqlen_q,
-            options=_bends(variant) or variant.dropout_p > 0.0,
-        )
+def problem(q: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None) -> plan.Problem:
+    return plan.Problem(
+        arch=device.architecture(q.device),
+        itemsize=q.element_size(),
+        head_dim=max(q.shape[-1], v.shape[-1]),
+        seqlen_q=q.shape[1] if varlen is None else varlen.max_seqlen_q,
+        options=_bends(variant) or variant.dropout_p > 0.0,
     )
 
 

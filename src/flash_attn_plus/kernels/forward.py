@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import device, plan
+from .. import plan
 from ..schemas import Variant, Varlen
 from ..strides import contiguous_rows, has_contiguous_rows
 from . import arguments, scores, softmax, tiles
-from .launch import Launch
+from .launch import Launch, Prepared
 
 
 # Lengths and windows vary from call to call: a kernel for each of their divisors would gain nothing. Triton obeys for
@@ -96,20 +96,8 @@ def forward_kernel(
                 k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, part != 1)
                 # (BLOCK_M, BLOCK_N)
                 products = tl.dot(q, k.T, input_precision=PRECISION)
-                s = scores.scores(
-                    products,
-                    first_row,
-                    start,
-                    sequence,
-                    head,
-                    variant,
-                    bias,
-                    part != 1,
-                    BLOCK_M,
-                    BLOCK_N,
-                    q.dtype == tl.float32,
-                    WIDE,
-                )
+                s = scores.scale_and_cap(products, variant, q.dtype == tl.float32)
+                s = scores.scores(s, first_row, start, sequence, head, variant, bias, part != 1, BLOCK_M, BLOCK_N, WIDE)
                 weights, factor, maximum, total = softmax.update(
                     s, variant.unit, maximum, total, part != 1 or bias is not None
                 )
@@ -141,7 +129,7 @@ def forward_kernel(
     tl.store(lse_ptr + first + tl.arange(0, BLOCK_M), lse, mask=rows < sequence.query_rows)
 
 
-class Forward:
+class Forward(Prepared):
     """The forward of arguments of one signature: all that follows from it, decided once. Dense where varlen is None.
 
     Calling it with checked arguments of that signature returns out and lse.
@@ -149,7 +137,7 @@ class Forward:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None = None) -> None:
         heads, head_dim, head_dim_v = q.shape[-2], q.shape[-1], v.shape[-1]
-        self.device = q.device
+        super().__init__(q.device)
         self.out = arguments.Result((*q.shape[:-1], head_dim_v), q.dtype, q.device)
         lse_shape = (q.shape[0], heads, q.shape[1]) if varlen is None else (heads, q.shape[0])
         self.lse = arguments.Result(lse_shape, torch.float32, q.device)
@@ -157,14 +145,9 @@ class Forward:
         self.no_sequences = varlen is not None and varlen.cu_seqlens_q.shape[0] == 1
         self.copies = not all(map(has_contiguous_rows, (q, k, v)))
         self.strides = tuple(arguments.strides(x) for x in (q, k, v))
-        self.group = heads // k.shape[-2]
-        self.longest = (q.shape[1], k.shape[1]) if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k)
-        # Made anew in every call where a tensor is in them.
-        self.layout = arguments.layout(q, k, None) if varlen is None else None
-        has_tensors = any(isinstance(x, Tensor) for x in variant)
-        self.options = None if has_tensors else arguments.options(q, variant, self.longest)
+        self.common = arguments.Common(q, k, variant, varlen)
 
-        chosen = arguments.plan_of(q, k, v, variant, varlen)
+        chosen = plan.forward(arguments.problem(q, v, variant, varlen))
         block_d, block_dv = plan.block_dims(head_dim, head_dim_v)
         if varlen is None:
             row_tiles = q.shape[0] * -(-q.shape[1] // chosen.BLOCK_M)
@@ -186,13 +169,7 @@ class Forward:
             options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
         )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None = None):
-        if device.is_current(self.device):
-            return self._run(q, k, v, variant, varlen)
-        with device.current(self.device):
-            return self._run(q, k, v, variant, varlen)
-
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None):
+    def run(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None = None):
         out, lse = self.out.empty(), self.lse.empty()
         if self.empty:
             return out, lse
@@ -200,7 +177,5 @@ class Forward:
             return out.zero_(), lse.fill_(-torch.inf)
         if self.copies:
             q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
-        layout = self.layout or arguments.layout(q, k, varlen)
-        options = self.options or arguments.options(q, variant, self.longest)
-        self.launch((q, k, v, out, lse), (*self.strides, self.group, *layout, *options))
+        self.launch((q, k, v, out, lse), (*self.strides, *self.common(q, k, variant, varlen)))
         return out, lse

@@ -9,8 +9,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+import torch
 import triton
 from torch import Tensor
+
+from .. import device
 
 
 class Launch:
@@ -27,7 +30,7 @@ class Launch:
         self.options = {**options, "enable_fp_fusion": True}
         self.compiled, self.run, self.stream_of = None, None, None
 
-    def __call__(self, tensors: tuple[Tensor, ...], rest: tuple) -> None:
+    def __call__(self, tensors: tuple[Tensor | None, ...], rest: tuple) -> None:
         """The function's arguments are ``(*tensors, *rest, *constants)``. Runs on the first tensor's device, which must
         be the current one.
         """
@@ -39,8 +42,21 @@ class Launch:
                     self.stream_of = triton.runtime.driver.active.get_current_stream
             return
         # Tensors as integers: a launcher asks the driver about every tensor that it is given.
-        pointers = [x.data_ptr() for x in tensors]
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
         if self.stream_of is None:
             self.run(*pointers, *rest, *self.constants)
         else:  # it would ask which device is the current one
             self.run(*pointers, *rest, *self.constants, stream=self.stream_of(tensors[0].get_device()))
+
+
+class Prepared:
+    """Launches that are prepared for arguments of one signature; ``run`` runs them with such arguments."""
+
+    def __init__(self, on: torch.device) -> None:
+        self.device = on
+
+    def __call__(self, *args):
+        if device.is_current(self.device):
+            return self.run(*args)
+        with device.current(self.device):
+            return self.run(*args)

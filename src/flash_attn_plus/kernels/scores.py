@@ -12,6 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from . import softmax
 from .softmax import LOG2_E
 
 
@@ -114,6 +115,28 @@ def key_blocks(first_row, sequence, head, variant, BLOCK_M: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def query_blocks(first_column, sequence, head, variant, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The query rows that see a tile of keys, as ``key_blocks`` has the keys: all but end are multiples of BLOCK_M."""
+    last_column = tl.minimum(first_column + BLOCK_N, sequence.seqlen_k) - 1
+    begin, full_begin = 0, 0
+    end, full_end = sequence.seqlen_q, sequence.seqlen_q
+    if variant.window_right is not None:
+        reach = head.diagonal + variant.window_right
+        begin = tl.maximum(first_column - reach, 0) // BLOCK_M * BLOCK_M
+        full_begin = tl.cdiv(tl.maximum(last_column - reach, 0), BLOCK_M) * BLOCK_M
+    if variant.window_left is not None:
+        reach = head.diagonal - variant.window_left - 1
+        end = tl.minimum(end, last_column - reach)
+        full_end = tl.minimum(full_end, first_column - reach)
+    holds_keys = first_column < sequence.seqlen_k
+    begin, end = tl.where(holds_keys, begin, 0), tl.where(holds_keys, end, 0)
+    full_end = tl.maximum(tl.minimum(full_end, end), 0) // BLOCK_M * BLOCK_M
+    full_end = tl.maximum(full_end, begin)
+    full_begin = tl.minimum(full_begin, full_end)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
 def _tanh(x, PRECISE: tl.constexpr):
     """tanh from exp2, which every target has. Near 0 that is off by half a unit of 1.0; PRECISE takes a polynomial."""
     result = 1.0 - 2.0 / (tl.math.exp2(x * (2 * LOG2_E)) + 1.0)
@@ -129,8 +152,139 @@ def _tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def scale_and_cap(products, variant, PRECISE: tl.constexpr):
+    """Products q.k -> scores before ALiBi, bias and mask. PRECISE where products are float32 to the end."""
+    if variant.softcap is not None:
+        return _tanh(products * (variant.scale / variant.softcap), PRECISE) * variant.softcap
+    elif variant.scale is not None:
+        return products * variant.scale
+    else:
+        return products
+
+
+@triton.jit
+def _aranges(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Rows and columns of a block (BLOCK_M, BLOCK_N), or of its transpose, to be broadcast against it."""
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    if TRANSPOSED:
+        return rows[None, :], columns[:, None]
+    else:
+        return rows[:, None], columns[None, :]
+
+
+@triton.jit
 def scores(
+    s,
+    first_row,
+    first_column,
+    sequence,
+    head,
+    variant,
+    bias,
+    MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):
+    """What ``scale_and_cap`` returns (BLOCK_M, BLOCK_N) -> scores before the softmax, -inf where a query sees no key.
+
+    MASK where the block crosses the edge of a window or of the sequence; TRANSPOSED where it is (BLOCK_N, BLOCK_M).
+    """
+    rows, columns = _aranges(BLOCK_M, BLOCK_N, TRANSPOSED)
+    rows, columns = first_row + rows, first_column + columns
+    if variant.slopes_ptr is not None:
+        distance = tl.abs(rows + head.diagonal - columns)
+        s = s - head.slope * distance.to(tl.float32)
+    if bias is not None:
+        s = _with_bias(s, first_row, first_column, head, bias, BLOCK_M, BLOCK_N, WIDE, TRANSPOSED)
+    if MASK:
+        seen = columns < sequence.seqlen_k
+        if variant.window_right is not None:
+            seen = seen & (columns <= rows + (head.diagonal + variant.window_right))
+        if variant.window_left is not None:
+            seen = seen & (columns >= rows + (head.diagonal - variant.window_left))
+        s = tl.where(seen, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _with_bias(
+    s,
+    first_row,
+    first_column,
+    head,
+    bias,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    rows, columns = _aranges(BLOCK_M, BLOCK_N, TRANSPOSED)
+    inside = (rows < bias.rows - first_row) & (columns < bias.columns - first_column)
+    if WIDE:
+        rows, columns = rows.to(tl.int64), columns.to(tl.int64)
+    first = tl.cast(first_row, tl.int64) * bias.stride_row + tl.cast(first_column, tl.int64) * bias.stride_column
+    ptrs = head.bias_ptr + first + (rows * bias.stride_row + columns * bias.stride_column)
+    value = tl.load(ptrs, mask=inside, other=0)
+    if bias.ptr.dtype.element_ty == tl.int1:
+        return tl.where(value, s, float("-inf"))
+    else:
+        return s + value.to(tl.float32)
+
+
+@triton.jit
+def keep(
+    first_row,
+    first_column,
+    head,
+    variant,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):
+    """Which scores of a block (BLOCK_M, BLOCK_N) survive dropout. ``first_column`` is a multiple of 4.
+
+    Score (i, j) takes word j % 4 of Philox4x32-10 with key = seed and counter (j // 4, i, head, offset): the pattern
+    depends on the score's place alone, and a block draws each word once. Salmon et al. (SC 2011).
+    """
+    rows, quads = _aranges(BLOCK_M, BLOCK_N // 4, TRANSPOSED)
+    quads = first_column // 4 + quads + rows * 0
+    rows = first_row + rows + quads * 0
+    words = tl.philox(head.seed, quads, rows, head.number + quads * 0, head.offset.to(tl.int32) + quads * 0)
+    threshold = variant.dropout_threshold.to(tl.uint32)
+    # Joined as bytes, not as words: the change of layout moves a quarter of the data.
+    even = tl.join((words[0] >= threshold).to(tl.int8), (words[2] >= threshold).to(tl.int8))
+    odd = tl.join((words[1] >= threshold).to(tl.int8), (words[3] >= threshold).to(tl.int8))
+    kept = tl.join(even, odd)
+    if TRANSPOSED:
+        return tl.reshape(tl.permute(kept, (0, 2, 3, 1)), [BLOCK_N, BLOCK_M]) != 0
+    else:
+        return tl.reshape(kept, [BLOCK_M, BLOCK_N]) != 0
+
+
+@triton.jit
+def row_of(lse, delta):
+    """What ``gradient`` takes: rows that see nothing get lse +inf, so that their weights are exactly 0, and delta 0."""
+    sees_nothing = lse == float("-inf")
+    return tl.where(sees_nothing, float("inf"), lse), tl.where(sees_nothing, 0.0, delta)
+
+
+@triton.jit
+def scale_of(variant):
+    """The softmax scale: what a gradient of products is multiplied by."""
+    if variant.scale is not None:
+        return variant.scale
+    else:
+        return variant.unit * softmax.LN_2
+
+
+@triton.jit
+def gradient(
     products,
+    dweights,
+    lse,
+    delta,
     first_row,
     first_column,
     sequence,
@@ -142,62 +296,28 @@ def scores(
     BLOCK_N: tl.constexpr,
     PRECISE: tl.constexpr,
     WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
 ):
-    """Products q.k (BLOCK_M, BLOCK_N) -> scores before the softmax, -inf where a query does not see a key.
+    """(weights that met the values, gradient of the bias, gradient of products * scale), all (BLOCK_M, BLOCK_N), from
+    the products q.k and ``dweights`` = dout.v, the gradient of the weights that met the values.
 
-    MASK where the block crosses the edge of a window or of the sequence; PRECISE where products are float32 to the end.
+    ``lse`` and ``delta`` (BLOCK_M,) are what row_of returns.
     """
-    rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
-    s = products
-    if variant.softcap is not None:
-        s = _tanh(s * (variant.scale / variant.softcap), PRECISE) * variant.softcap
-    elif variant.scale is not None:
-        s = s * variant.scale
-    if variant.slopes_ptr is not None:
-        distance = tl.abs(rows[:, None] + head.diagonal - columns[None, :])
-        s = s - head.slope * distance.to(tl.float32)
-    if bias is not None:
-        s = _with_bias(s, first_row, first_column, head, bias, BLOCK_M, BLOCK_N, WIDE)
-    if MASK:
-        seen = columns[None, :] < sequence.seqlen_k
-        if variant.window_right is not None:
-            seen = seen & (columns[None, :] <= rows[:, None] + (head.diagonal + variant.window_right))
-        if variant.window_left is not None:
-            seen = seen & (columns[None, :] >= rows[:, None] + (head.diagonal - variant.window_left))
-        s = tl.where(seen, s, float("-inf"))
-    return s
-
-
-@triton.jit
-def _with_bias(
-    s, first_row, first_column, head, bias, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
-):
-    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    inside = (rows < bias.rows - first_row)[:, None] & (columns < bias.columns - first_column)[None, :]
-    if WIDE:
-        rows, columns = rows.to(tl.int64), columns.to(tl.int64)
-    first = tl.cast(first_row, tl.int64) * bias.stride_row + tl.cast(first_column, tl.int64) * bias.stride_column
-    ptrs = head.bias_ptr + first + (rows[:, None] * bias.stride_row + columns[None, :] * bias.stride_column)
-    value = tl.load(ptrs, mask=inside, other=0)
-    if bias.ptr.dtype.element_ty == tl.int1:
-        return tl.where(value, s, float("-inf"))
+    if TRANSPOSED:
+        lse, delta = lse[None, :], delta[None, :]
     else:
-        return s + value.to(tl.float32)
-
-
-@triton.jit
-def keep(first_row, first_column, head, variant, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which scores of a block (BLOCK_M, BLOCK_N) survive dropout. ``first_column`` is a multiple of 4.
-
-    Score (i, j) takes word j % 4 of Philox4x32-10 with key = seed and counter (j // 4, i, head, offset): the pattern
-    depends on the score's place alone, and a block draws each word once. Salmon et al. (SC 2011).
-    """
-    zeros = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
-    quads = (first_column // 4 + tl.arange(0, BLOCK_N // 4))[None, :] + zeros
-    rows = (first_row + tl.arange(0, BLOCK_M))[:, None] + zeros
-    words = tl.philox(head.seed, quads, rows, head.number + zeros, head.offset.to(tl.int32) + zeros)
-    threshold = variant.dropout_threshold.to(tl.uint32)
-    # Joined as bytes, not as words: the change of layout moves a quarter of the data.
-    even = tl.join((words[0] >= threshold).to(tl.int8), (words[2] >= threshold).to(tl.int8))
-    odd = tl.join((words[1] >= threshold).to(tl.int8), (words[3] >= threshold).to(tl.int8))
-    return tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_N]) != 0
+        lse, delta = lse[:, None], delta[:, None]
+    capped = scale_and_cap(products, variant, PRECISE)
+    s = scores(capped, first_row, first_column, sequence, head, variant, bias, MASK, BLOCK_M, BLOCK_N, WIDE, TRANSPOSED)
+    weights = softmax.weights(s, variant.unit, lse)
+    met = weights
+    if variant.dropout_threshold is not None:
+        kept = keep(first_row, first_column, head, variant, BLOCK_M, BLOCK_N, TRANSPOSED)
+        met = tl.where(kept, weights * variant.dropout_scale, 0.0)
+        dweights = tl.where(kept, dweights * variant.dropout_scale, 0.0)
+    dbias = weights * (dweights - delta)
+    if variant.softcap is not None:
+        ratio = capped / variant.softcap
+        return met, dbias, dbias * (1.0 - ratio * ratio)
+    else:
+        return met, dbias, dbias

@@ -60,3 +60,12 @@ def finish(maximum, total, unit):
     else:
         lse = maximum + tl.math.log2(divisor) * LN_2
     return 1.0 / divisor, tl.where(nothing, float("-inf"), lse)
+
+
+@triton.jit
+def weights(scores, unit, lse):
+    """The weights again, from their scores and the log-sum-exp: exactly 0 where that is +inf."""
+    if unit is not None:
+        return tl.math.exp2(scores * unit - lse * LOG2_E)
+    else:
+        return tl.math.exp2((scores - lse) * LOG2_E)

@@ -71,28 +71,58 @@ def packed_tiles(rows: int, batch: int, block: int) -> int:
 
 
 @triton.jit
-def _segment_of(tile, layout, BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr = 128):
+def _segment_of(tile, starts_ptr, batch, total, BLOCK: tl.constexpr, ENTRIES: tl.constexpr = 128):
     """The segment that owns ``tile``: as many as begin at or before it, beside segment 0.
 
     Segment 0 are the rows before the first sequence, segment b + 1 is sequence b, and the last one the rows behind the
     last sequence: rows of no sequence are written too.
     """
     segment = 0
-    for base in range(0, layout.batch + 1, ENTRIES):
+    for base in range(0, batch + 1, ENTRIES):
         entries = base + tl.arange(0, ENTRIES)
-        exist = entries <= layout.batch
-        starts = clamp(tl.load(layout.cu_seqlens_q_ptr + entries, mask=exist, other=0), 0, layout.rows_q)
-        segment += tl.sum((exist & (_first_tile(starts, entries + 1, BLOCK_M) <= tile)).to(tl.int32), 0)
+        exist = entries <= batch
+        starts = clamp(tl.load(starts_ptr + entries, mask=exist, other=0), 0, total)
+        segment += tl.sum((exist & (_first_tile(starts, entries + 1, BLOCK) <= tile)).to(tl.int32), 0)
     return segment
 
 
 @triton.jit
-def _segment_start(segment, layout):
-    """Its first row of q: inside the tensor, whatever the offsets hold."""
-    entry = clamp(segment - 1, 0, layout.batch)
-    start = clamp(tl.load(layout.cu_seqlens_q_ptr + entry), 0, layout.rows_q)
+def _segment_start(segment, starts_ptr, batch, total):
+    """Its first row: inside the tensor, whatever the offsets hold."""
+    entry = clamp(segment - 1, 0, batch)
+    start = clamp(tl.load(starts_ptr + entry), 0, total)
     start = tl.where(segment == 0, 0, start)
-    return tl.where(segment > layout.batch + 1, layout.rows_q, start)
+    return tl.where(segment > batch + 1, total, start)
+
+
+@triton.jit
+def _packed_tile(tile, starts_ptr, batch, total, BLOCK: tl.constexpr):
+    """(number of its sequence, whether that exists, first row and rows of its segment, first row of the tile in it)."""
+    segment = _segment_of(tile, starts_ptr, batch, total, BLOCK)
+    start = _segment_start(segment, starts_ptr, batch, total)
+    rows = tl.maximum(_segment_start(segment + 1, starts_ptr, batch, total) - start, 0)
+    first_row = (tile - _first_tile(start, segment, BLOCK)) * BLOCK
+    first_row = tl.where(first_row < 0, rows, first_row)  # offsets that fall: the segment is not the tile's
+    exists = (segment >= 1) & (segment <= batch)
+    return tl.where(exists, segment - 1, 0), exists, start, rows, first_row
+
+
+@triton.jit
+def _used_queries(index, rows, layout):
+    """Those of a sequence's rows that are queries."""
+    if layout.seqused_q_ptr is not None:
+        return clamp(tl.load(layout.seqused_q_ptr + index), 0, rows)
+    else:
+        return rows
+
+
+@triton.jit
+def _queries_of(index, layout):
+    """First row and rows of a sequence, and the number of its queries."""
+    start = _segment_start(index + 1, layout.cu_seqlens_q_ptr, layout.batch, layout.rows_q)
+    end = _segment_start(index + 2, layout.cu_seqlens_q_ptr, layout.batch, layout.rows_q)
+    rows = tl.maximum(end - start, 0)
+    return start, rows, _used_queries(index, rows, layout)
 
 
 @triton.jit
@@ -135,24 +165,52 @@ def query_tile(program, layout, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr)
         tile = tiles - 1 - tile
     if layout.cu_seqlens_q_ptr is None:
         head = (program // tiles) % layout.heads
-        index = program // tiles // layout.heads
-        sequence = Sequence(index, index, 0, layout.rows_q, layout.rows_q, 0, layout.rows_k)
+        sequence = sequence_of(program // tiles // layout.heads, layout)
         first_row = tile * BLOCK_M
     else:
         head = program // tiles
-        segment = _segment_of(tile, layout, BLOCK_M)
-        start, end = _segment_start(segment, layout), _segment_start(segment + 1, layout)
-        rows = tl.maximum(end - start, 0)
-        first_row = (tile - _first_tile(start, segment, BLOCK_M)) * BLOCK_M
-        first_row = tl.where(first_row < 0, rows, first_row)  # offsets that fall: the segment is not the tile's
-        exists = (segment >= 1) & (segment <= layout.batch)
-        index = tl.where(exists, segment - 1, 0)
-        seqlen_q = tl.where(exists, rows, 0)
-        if layout.seqused_q_ptr is not None:
-            seqlen_q = clamp(tl.load(layout.seqused_q_ptr + index), 0, seqlen_q)
+        index, exists, start, rows, first_row = _packed_tile(
+            tile, layout.cu_seqlens_q_ptr, layout.batch, layout.rows_q, BLOCK_M
+        )
+        seqlen_q = _used_queries(index, tl.where(exists, rows, 0), layout)
         key_start, seqlen_k = _keys_of(index, layout)
         sequence = Sequence(index, index * 0, start, rows, seqlen_q, key_start, seqlen_k)
     return sequence, head, first_row
+
+
+@triton.jit
+def sequence_of(index, layout):
+    """A sequence of a batch whose keys are not in pages."""
+    if layout.cu_seqlens_q_ptr is None:
+        return Sequence(index, index, 0, layout.rows_q, layout.rows_q, 0, layout.rows_k)
+    else:
+        query_start, query_rows, seqlen_q = _queries_of(index, layout)
+        key_start, seqlen_k = _keys_of(index, layout)
+        return Sequence(index, index * 0, query_start, query_rows, seqlen_q, key_start, seqlen_k)
+
+
+@triton.jit
+def key_tile(program, layout, heads_k, BLOCK_N: tl.constexpr):
+    """(sequence, key head, first key, end of the keys that the program owns): ``query_tile`` of k and v, not in pages.
+
+    Keys are counted from the sequence's first one. Rows of k that belong to no sequence are owned too; what lies before
+    leftpad_k or behind seqused_k is owned by nobody.
+    """
+    if layout.cu_seqlens_k_ptr is None:
+        tiles = tl.cdiv(layout.rows_k, BLOCK_N)
+        head = (program // tiles) % heads_k
+        sequence = sequence_of(program // tiles // heads_k, layout)
+        return sequence, head, (program % tiles) * BLOCK_N, layout.rows_k
+    else:
+        tiles = _first_tile(layout.rows_k, layout.batch + 2, BLOCK_N)
+        index, exists, start, rows, first_key = _packed_tile(
+            program % tiles, layout.cu_seqlens_k_ptr, layout.batch, layout.rows_k, BLOCK_N
+        )
+        found = sequence_of(index, layout)
+        seqlen_k = tl.where(exists, found.seqlen_k, 0)
+        key_start = tl.where(exists, found.key_start, start)
+        sequence = Sequence(index, index * 0, found.query_start, found.query_rows, found.seqlen_q, key_start, seqlen_k)
+        return sequence, program // tiles, first_key, tl.where(exists, seqlen_k, rows)
 
 
 @triton.jit
@@ -183,6 +241,17 @@ def paged_offsets(columns, sequence, layout, strides, BLOCK_D: tl.constexpr):
     page = clamp(page, 0, layout.num_pages - 1).to(tl.int64)
     offsets = page * strides[0] + (columns % layout.page_size).to(tl.int64) * strides[1]
     return offsets[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def matmul_add(total, a, b, PRECISION: tl.constexpr):
+    """total + a @ b. Exact float32 products are summed by themselves: one chain of roundings through all blocks of a
+    long sequence errs twice as much. Not written as a sum, which Triton would fold back into the accumulator.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        return tl.fma(total, tl.full(total.shape, 1.0, tl.float32), tl.dot(a, b, input_precision=PRECISION))
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit

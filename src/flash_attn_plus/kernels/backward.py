@@ -1,0 +1,175 @@
+"""The backward of dense and packed attention: up to four kernels, none of which reads lengths on the host.
+
+With P = exp(scores - lse), the dropped and rescaled P', dP = dropped and rescaled dout v^T, and
+delta = rowsum(dout * out) - dlse:
+
+    dv = P'^T dout,  dS = P * (dP - delta),  dq = scale * dS k,  dk = scale * dS^T q,
+    dbias = dS before the softcap's slope,  dsink = -sum over rows of exp(sink - lse) * delta
+
+(Dao: "FlashAttention-2", 2023, section 2.3.2). dq and delta come from programs that own rows (backward_q.py), dk and dv
+from programs that own keys (backward_kv.py), dsink and dbias from sums of their own (backward_options.py). Scores are
+computed anew in each pass; in return nothing is added up atomically: reruns are bit-equal, and beside the gradients
+only delta is allocated. Stateless: any ``out`` and ``lse`` will do: the global ones of a ring give this block's part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import plan
+from ..schemas import Variant, Varlen
+from ..strides import contiguous_rows, has_contiguous_rows
+from . import arguments, tiles
+from .backward_kv import key_gradient_kernel
+from .backward_options import bias_gradient_kernel, sink_gradient_kernel
+from .backward_q import query_gradient_kernel
+from .launch import Launch, Prepared
+
+# Programs that a sum over rows is dealt out to, where the bias alone gives fewer.
+_BIAS_PROGRAMS = 512
+
+
+class Backward(Prepared):
+    """The backward of arguments of one signature: all that follows from it, decided once. Dense where varlen is None.
+
+    Calling it with checked arguments of that signature returns dq, dk, dv, dsink and dbias; an empty tensor stands for
+    what does not exist or is not needed.
+    """
+
+    def __init__(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        variant: Variant,
+        need_dq: bool,
+        need_dkv: bool,
+        need_dbias: bool,
+        varlen: Varlen | None = None,
+    ) -> None:
+        super().__init__(q.device)
+        batch = q.shape[0] if varlen is None else varlen.cu_seqlens_q.shape[0] - 1
+        heads, heads_k = q.shape[-2], k.shape[-2]
+        bias = variant.attn_bias
+        need_dbias = need_dbias and bias is not None and bias.is_floating_point()
+        nothing = arguments.Result((0,), q.dtype, q.device)
+
+        def result(needed: bool, shape: tuple[int, ...], dtype: torch.dtype) -> arguments.Result:
+            return arguments.Result(shape, dtype, q.device) if needed else nothing
+
+        self.dq = result(need_dq, q.shape, q.dtype)
+        self.dk, self.dv = result(need_dkv, k.shape, k.dtype), result(need_dkv, v.shape, v.dtype)
+        self.dsink = result(variant.sink is not None, (batch, heads), torch.float32)
+        self.delta = arguments.Result(lse.shape, torch.float32, q.device)
+        self.copies = not all(map(has_contiguous_rows, (dout, q, k, v, out)))
+        self.common = arguments.Common(q, k, variant, varlen)
+        of_inputs = tuple(arguments.strides(x) for x in (q, k, v))
+        of_dout, of_out = arguments.strides(dout), arguments.strides(out)
+        of_dq, of_dk, of_dv = (arguments.strides(x.new_empty(x.shape, device="meta")) for x in (q, k, v))
+        self.strides_q = (*of_inputs, of_dout, of_out, of_dq)
+        self.strides_kv = (*of_inputs, of_dout, of_dk, of_dv)
+        self.strides_bias = (*of_inputs, of_dout)
+        # Keys that no sequence uses lie between those that programs own.
+        self.fills = varlen is not None and (varlen.seqused_k is not None or varlen.leftpad_k is not None)
+        self.no_sequences = batch == 0
+
+        block_d, block_dv = plan.block_dims(q.shape[-1], v.shape[-1])
+        plans = plan.backward(arguments.problem(q, v, variant, varlen))
+
+        def launch(kernel, programs: int, chosen: plan.Plan, **constants) -> Launch | None:
+            if programs == 0:
+                return None
+            shared = {
+                "HEAD_DIM": q.shape[-1],
+                "HEAD_DIM_V": v.shape[-1],
+                "BLOCK_M": chosen.BLOCK_M,
+                "BLOCK_N": chosen.BLOCK_N,
+                "BLOCK_D": block_d,
+                "BLOCK_DV": block_dv,
+                "PRECISION": arguments.precision(q),
+                "WIDE": arguments.is_wide(variant, 0, *self.strides_q, of_dk, of_dv),
+            }
+            options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+            return Launch(kernel, programs, shared | constants, options)
+
+        def row_tiles(x: Tensor, block: int) -> int:
+            if varlen is None:
+                return x.shape[0] * -(-x.shape[1] // block)
+            return tiles.packed_tiles(x.shape[0], batch, block) if x.shape[0] else 0
+
+        self.need_dq, self.need_dkv = need_dq, need_dkv
+        self.queries = launch(query_gradient_kernel, row_tiles(q, plans.queries.BLOCK_M) * heads, plans.queries)
+        self.keys = self.sink = self.bias = None
+        if need_dkv:
+            self.keys = launch(key_gradient_kernel, row_tiles(k, plans.keys.BLOCK_N) * heads_k, plans.keys)
+        if variant.sink is not None and batch:
+            self.sink = Launch(sink_gradient_kernel, batch * heads, {"BLOCK_M": 1024}, {"num_warps": 4})
+        self.dbias = self.dbias_parts = nothing
+        if need_dbias:
+            self._prepare_bias(bias, (batch, heads, *self.common.longest), plans.bias, launch)
+
+    def _prepare_bias(self, bias: Tensor, whole: tuple[int, ...], chosen: plan.Plan, launch) -> None:
+        sums = [size == 1 for size in bias.shape]
+        row_tiles, column_tiles = -(-whole[2] // chosen.BLOCK_M), -(-whole[3] // chosen.BLOCK_N)
+        programs = 1
+        for summed, size in zip(sums, (*whole[:2], row_tiles, column_tiles), strict=True):
+            programs *= 1 if summed else size
+        strips = 1
+        if sums[2] and programs:
+            strips = max(1, min(row_tiles, _BIAS_PROGRAMS // programs))
+        self.dbias = arguments.Result(bias.shape, bias.dtype, self.device)
+        self.dbias_parts = self.dbias
+        if strips > 1:
+            self.dbias_parts = arguments.Result((strips, *bias.shape), torch.float32, self.device)
+        self.dbias_dtype, self.strips, self.bias_tiles = bias.dtype, strips, (row_tiles, column_tiles, strips)
+        self.bias = launch(
+            bias_gradient_kernel,
+            programs * strips if 0 not in whole else 0,
+            chosen,
+            **dict(zip(("SUM_BATCH", "SUM_HEADS", "SUM_ROWS", "SUM_COLUMNS"), sums, strict=True)),
+        )
+
+    def run(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        variant: Variant,
+        need_dq: bool,
+        need_dkv: bool,
+        need_dbias: bool,
+        varlen: Varlen | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        dq, dk, dv, dsink = self.dq.empty(), self.dk.empty(), self.dv.empty(), self.dsink.empty()
+        if self.no_sequences:
+            return dq.zero_(), dk.zero_(), dv.zero_(), dsink, self.dbias.empty().zero_()
+        if self.copies:
+            dout, q, k, v, out = map(contiguous_rows, (dout, q, k, v, out))
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        common, delta = self.common(q, k, variant, varlen), self.delta.empty()
+        if self.queries is not None:
+            of_queries = (q, k, v, dout, out, lse, dlse, delta, dq if self.need_dq else None)
+            self.queries(of_queries, (*self.strides_q, *common))
+        if self.keys is not None:
+            if self.fills:
+                dk.zero_(), dv.zero_()
+            self.keys((q, k, v, dout, lse, delta, dk, dv), (*self.strides_kv, *common))
+        if self.sink is not None:
+            self.sink((lse, delta, dsink), common[1:-1])  # neither group nor bias
+        return dq, dk, dv, dsink, self._bias_gradient(q, k, v, dout, lse, delta, common)
+
+    def _bias_gradient(self, q, k, v, dout, lse, delta, common) -> Tensor:
+        if self.bias is None:
+            return self.dbias.empty().zero_()
+        parts = self.dbias_parts.empty()
+        self.bias((q, k, v, dout, lse, delta, parts), (*self.strides_bias, *common, *self.bias_tiles))
+        return parts if self.strips == 1 else parts.sum(0).to(self.dbias_dtype)
