@@ -121,12 +121,40 @@ class BackwardRow(NamedTuple):
     bias: Plan  # of the pass that sums the gradient of the bias
 
 
-def _backward(*tiles: tuple[int, int, int, int]) -> BackwardRow:
+def _backward_row(*tiles: tuple[int, int, int, int]) -> BackwardRow:
     return BackwardRow(*(Plan(*x) for x in tiles))
 
 
-# As FORWARD: a row without options, and one with.
-BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {}
+# As FORWARD: architecture -> (bytes of an element, columns of a tile) -> tiles without options, and with.
+BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {
+    # 16 bits without options: measured on an H100, causal, 16k tokens in sequences of 4096, hidden size 2048.
+    "sm_90": {
+        (2, 64): (
+            _backward_row((64, 64, 4, 3), (32, 64, 4, 1), (64, 64, 4, 1)),
+            _backward_row((64, 64, 4, 2), (32, 64, 4, 1), (64, 64, 4, 1)),
+        ),
+        (2, 128): (
+            _backward_row((128, 64, 8, 3), (32, 64, 4, 3), (64, 64, 8, 1)),
+            _backward_row((64, 64, 4, 1), (32, 64, 8, 1), (64, 64, 8, 1)),
+        ),
+        (2, 256): (
+            _backward_row((128, 32, 8, 3), (32, 64, 8, 3), (32, 32, 4, 1)),
+            _backward_row((64, 32, 8, 1), (32, 64, 8, 1), (32, 32, 4, 1)),
+        ),
+        (4, 64): (
+            _backward_row((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            _backward_row((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        ),
+        (4, 128): (
+            _backward_row((32, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+            _backward_row((32, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        ),
+        (4, 256): (
+            _backward_row((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+            _backward_row((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ),
+    },
+}
 
 # Anything that Triton compiles for: small enough for the smallest.
 _ANYWHERE = {2: Plan(32, 32, 4, 1), 4: Plan(16, 16, 4, 1)}

@@ -102,7 +102,7 @@ def key_gradient_kernel(
                     lse = tl.load(lse_ptr + row, mask=is_query, other=float("-inf"))
                     delta = tl.load(delta_ptr + row, mask=is_query, other=0.0)
                 lse, delta = scores.row_of(lse, delta)
-                met, _, ds = scores.gradient(
+                found = scores.gradient(
                     tl.dot(k, q.T, input_precision=PRECISION),
                     tl.dot(v, dout.T, input_precision=PRECISION),
                     lse,
@@ -120,8 +120,8 @@ def key_gradient_kernel(
                     WIDE,
                     TRANSPOSED=True,
                 )
-                dv = tiles.matmul_add(dv, met.to(dout.dtype), dout, PRECISION)
-                dk = tiles.matmul_add(dk, ds.to(q.dtype), q, PRECISION)
+                dv = tiles.matmul_add(dv, found[0].to(dout.dtype), dout, PRECISION)
+                dk = tiles.matmul_add(dk, found[2].to(q.dtype), q, PRECISION)
 
     dk_ptr = tiles.row_start(tiles.head_start(dk_ptr, sequence.batch, head_k, strides_dk), key, strides_dk)
     dv_ptr = tiles.row_start(tiles.head_start(dv_ptr, sequence.batch, head_k, strides_dv), key, strides_dv)

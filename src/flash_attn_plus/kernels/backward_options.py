@@ -137,8 +137,9 @@ def bias_gradient_kernel(
                 lse = tl.load(lse_ptr + first + rows, mask=is_query, other=float("-inf"))
                 delta = tl.load(delta_ptr + first + rows, mask=is_query, other=0.0)
                 lse, delta = scores.row_of(lse, delta)
-                begin, _, _, end = scores.key_blocks(first_row, sequence, head, variant, BLOCK_M, BLOCK_N)
-                begin, end = tl.maximum(begin // BLOCK_N, column_begin), tl.minimum(tl.cdiv(end, BLOCK_N), column_end)
+                bounds = scores.key_blocks(first_row, sequence, head, variant, BLOCK_M, BLOCK_N)
+                begin = tl.maximum(bounds[0] // BLOCK_N, column_begin)
+                end = tl.minimum(tl.cdiv(bounds[3], BLOCK_N), column_end)
                 for column_tile in tl.range(begin, end):
                     start = column_tile * BLOCK_N
                     columns = start + tl.arange(0, BLOCK_N)
@@ -148,7 +149,7 @@ def bias_gradient_kernel(
                     v_ptrs += tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
                     k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, True)
                     v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, True)
-                    _, dbias, _ = scores.gradient(
+                    found = scores.gradient(
                         tl.dot(q, k.T, input_precision=PRECISION),
                         tl.dot(dout, v.T, input_precision=PRECISION),
                         lse,
@@ -165,7 +166,7 @@ def bias_gradient_kernel(
                         q.dtype == tl.float32,
                         WIDE,
                     )
-                    total += dbias
+                    total += found[1]
 
     rows, columns = row_begin * BLOCK_M + tl.arange(0, BLOCK_M), column_begin * BLOCK_N + tl.arange(0, BLOCK_N)
     size_rows, size_columns = bias.rows, bias.columns

@@ -102,7 +102,7 @@ def query_gradient_kernel(
                     v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
                     k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, part != 1)
                     v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, part != 1)
-                    _, _, ds = scores.gradient(
+                    found = scores.gradient(
                         tl.dot(q, k.T, input_precision=PRECISION),
                         tl.dot(dout, v.T, input_precision=PRECISION),
                         lse,
@@ -119,7 +119,7 @@ def query_gradient_kernel(
                         q.dtype == tl.float32,
                         WIDE,
                     )
-                    dq = tiles.matmul_add(dq, ds.to(k.dtype), k, PRECISION)
+                    dq = tiles.matmul_add(dq, found[2].to(k.dtype), k, PRECISION)
         dq = tl.where(is_query[:, None], dq * scores.scale_of(variant), 0.0)
         dq_ptr = tiles.row_start(tiles.head_start(dq_ptr, sequence.batch, head_q, strides_dq), row, strides_dq)
         dq_ptrs = dq_ptr + tiles.tile_offsets(strides_dq, BLOCK_M, BLOCK_D, WIDE)
