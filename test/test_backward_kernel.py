@@ -55,8 +55,9 @@ def prepared(case: Case, device: str, *needs: bool) -> tuple[torch.Tensor, ...]:
     return gpu.prepare_backward(*arguments)(*arguments)
 
 
-def test_what_is_not_needed_is_empty_and_the_rest_as_it_was(device):
-    case = Case("needs", heads=4, heads_k=2, bias="1h1k", sink="h", causal=True)
+def test_what_is_not_needed_is_empty_and_the_rest_as_it_was(device, tiles):
+    tiles(TILES[2])
+    case = Case("needs", batch=1, heads=4, heads_k=2, bias="1h1k", sink="h", causal=True)
     whole = prepared(case, device, True, True, True)
     assert all(grad.numel() for grad in whole)
     for needs in [(True, False, False), (False, True, False), (False, False, True), (False, False, False)]:
@@ -65,9 +66,10 @@ def test_what_is_not_needed_is_empty_and_the_rest_as_it_was(device):
             assert torch.equal(grad, expected) if needed else grad.shape == (0,)
 
 
-def test_the_rows_of_a_bias_are_dealt_out_to_programs(device):
+def test_the_rows_of_a_bias_are_dealt_out_to_programs(device, tiles):
     """The sums of the parts are the gradient, whatever their number."""
-    case = Case("strips", seqlen_q=200, bias="111k", dim=16)
+    tiles(TILES[0])
+    case = Case("strips", batch=1, seqlen_q=100, bias="111k", dim=16)
     results = []
     for programs in (1, 2, 512):
         with pytest.MonkeyPatch.context() as patch:

@@ -66,10 +66,15 @@ def prepare_varlen_backward(dout, q, k, v, out, lse, dlse, layout: Varlen, varia
 
 def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
     if reason := why_row_blocks(q):
-        chosen = f"row blocks in plain PyTorch: {reason}"
+        forward = backward = f"row blocks in plain PyTorch: {reason}"
     else:
         from .kernels.arguments import problem
 
-        tiles = plan.forward(problem(q, v, variant, layout))
-        chosen = f"Triton on {device.architecture(q.device)}: {tiles}"
-    return f"forward:  {chosen}\nbackward: row blocks in plain PyTorch: there is no kernel yet"
+        on, of_call = f"Triton on {device.architecture(q.device)}", problem(q, v, variant, layout)
+        forward, passes = f"{on}: {plan.forward(of_call)}", plan.backward(of_call)
+        backward = f"{on}: dq {passes.queries}, dk and dv {passes.keys}"
+        if variant.attn_bias is not None and variant.attn_bias.is_floating_point():
+            backward += f", dbias {passes.bias}"
+    if layout is not None and layout.block_table is not None:
+        backward = "none: the backward of paged keys is not implemented"
+    return f"forward:  {forward}\nbackward: {backward}"
