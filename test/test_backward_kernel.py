@@ -8,6 +8,9 @@ import pytest
 import torch
 from assertions import check_case
 from cases import CASES, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cpu_properties import bounded, dense_cases, varlen_cases
 from test_forward_kernel import DTYPES, run
 
 from flash_attn_plus import gpu, plan
@@ -44,6 +47,23 @@ def test_agrees_with_the_oracle(case, device, tiles):
     tiles(TILES[zlib.crc32(case.name.encode()) // 3 % len(TILES)])
     for dtype in dtypes(case, device):
         check_case(case, device, dtype, run=run)
+
+
+drawn = settings(bounded, max_examples=10)
+
+
+@drawn
+@given(case=dense_cases(), dtype=st.sampled_from(DTYPES), chosen=st.sampled_from(TILES))
+def test_any_dense_problem(case, dtype, chosen, device, tiles):
+    tiles(chosen)
+    check_case(case, device, dtype, run=run)
+
+
+@drawn
+@given(case=varlen_cases(), dtype=st.sampled_from(DTYPES), chosen=st.sampled_from(TILES))
+def test_any_packed_problem(case, dtype, chosen, device, tiles):
+    tiles(chosen)
+    check_case(case, device, dtype, run=run)
 
 
 def prepared(case: Case, device: str, *needs: bool) -> tuple[torch.Tensor, ...]:
