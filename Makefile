@@ -32,7 +32,7 @@ OLD_TRITON := build/triton-3.6.0
 demo: $(SETUP)
 	"$(PYTHON)" examples/train_gpt.py $(ARGS)
 
-# Every plan of plan.py for every target, with no GPU, by the newest and the oldest Triton.
+# Every plan of the forward for every target, with no GPU, by the newest and the oldest Triton.
 compile-gate: $(SETUP) $(OLD_TRITON)
 	"$(PYTHON)" -m pytest -n $(WORKERS) test/test_compile_gate.py $(ARGS)
 

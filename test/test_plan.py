@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from flash_attn_plus import plan
@@ -72,3 +74,14 @@ def test_rows_of_one_architecture_cover_all_problems():
     for arch, rows in plan.FORWARD.items():
         assert set(rows) == {(size, dim) for size in (2, 4) for dim in (64, 128, 256)}, arch
         assert all(isinstance(tiles, Plan) for row in rows.values() for tiles in row)
+
+
+def test_the_backward_has_tiles_for_every_problem():
+    for arch in ("sm_90", "sm_103", "gfx1201", "xpu"):
+        for size, dim, options in itertools.product((2, 4), (1, 64, 100, 256), (False, True)):
+            row = plan.backward(Problem(arch, size, dim, 4096, options))
+            for tiles in row:
+                assert all(x & (x - 1) == 0 for x in (tiles.BLOCK_M, tiles.BLOCK_N, tiles.num_warps)), (arch, row)
+                assert min(tiles[:2]) >= 16 and max(tiles[:2]) <= plan.MOST_ROWS and tiles.num_stages >= 1
+    for plain, options in plan.BACKWARD["sm_90"].values():
+        assert isinstance(plain, plan.BackwardRow) and isinstance(options, plan.BackwardRow)

@@ -1,7 +1,7 @@
 """Problem -> Plan: the tiles that a kernel runs with. Pure tables, standard library only.
 
 Nothing is tuned at run time: a first call compiles one kernel, and equal calls run equal kernels. ``benchmark/tune.py``
-measures tiles on a device and prints the fastest. ``test/test_compile_gate.py`` compiles every row for its target, with
+measures tiles on a device and prints the fastest. ``test/test_compile_gate.py`` compiles FORWARD for its targets, with
 no such device at hand, and holds it to the target's registers and shared memory.
 """
 
@@ -127,7 +127,8 @@ def _backward_row(*tiles: tuple[int, int, int, int]) -> BackwardRow:
 
 # As FORWARD: architecture -> (bytes of an element, columns of a tile) -> tiles without options, and with.
 BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {
-    # 16 bits without options: measured on an H100, causal, 16k tokens in sequences of 4096, hidden size 2048.
+    # 16 bits without options: measured on an H100, causal, 16k tokens in sequences of 4096, hidden size 2048. The
+    # others are not measured, and some spill.
     "sm_90": {
         (2, 64): (
             _backward_row((64, 64, 4, 3), (32, 64, 4, 1), (64, 64, 4, 1)),

@@ -22,6 +22,7 @@ class Result:
     """A contiguous tensor that a kernel fills, on the current device."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, on: torch.device) -> None:
+        self.dtype = dtype
         shape = tuple(shape)  # not a torch.Size, which the quick function does not take
         strides = torch.empty(shape, dtype=dtype, device="meta").stride()
         self._empty = functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=on)

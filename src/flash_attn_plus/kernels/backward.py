@@ -102,7 +102,7 @@ class Backward(Prepared):
                 return x.shape[0] * -(-x.shape[1] // block)
             return tiles.packed_tiles(x.shape[0], batch, block) if x.shape[0] else 0
 
-        self.need_dq, self.need_dkv = need_dq, need_dkv
+        self.need_dq = need_dq
         self.queries = launch(query_gradient_kernel, row_tiles(q, plans.queries.BLOCK_M) * heads, plans.queries)
         self.keys = self.sink = self.bias = None
         if need_dkv:
@@ -126,7 +126,7 @@ class Backward(Prepared):
         self.dbias_parts = self.dbias
         if strips > 1:
             self.dbias_parts = arguments.Result((strips, *bias.shape), torch.float32, self.device)
-        self.dbias_dtype, self.strips, self.bias_tiles = bias.dtype, strips, (row_tiles, column_tiles, strips)
+        self.bias_tiles = (row_tiles, column_tiles, strips)
         self.bias = launch(
             bias_gradient_kernel,
             programs * strips if 0 not in whole else 0,
@@ -169,7 +169,8 @@ class Backward(Prepared):
 
     def _bias_gradient(self, q, k, v, dout, lse, delta, common) -> Tensor:
         if self.bias is None:
-            return self.dbias.empty().zero_()
+            dbias = self.dbias.empty()
+            return dbias.zero_() if dbias.numel() else dbias
         parts = self.dbias_parts.empty()
         self.bias((q, k, v, dout, lse, delta, parts), (*self.strides_bias, *common, *self.bias_tiles))
-        return parts if self.strips == 1 else parts.sum(0).to(self.dbias_dtype)
+        return parts if self.dbias_parts is self.dbias else parts.sum(0).to(self.dbias.dtype)
