@@ -1,7 +1,7 @@
 """Measures tiles on this machine's GPU and prints the fastest, for plan.py.
 
     python benchmark/tune.py                                     # the forward; bfloat16, plain and with options
-    python benchmark/tune.py --kernel queries keys               # the passes of the backward: dq; dk and dv
+    python benchmark/tune.py --kernel dq dk_dv dk dv             # the passes of the backward
     python benchmark/tune.py --head-dim 128 --dtype float32 --seqlen 4096 --csv tiles.csv
 
 Each candidate is compiled in a pool of processes, checked against the plan that is there, and timed: the median over
@@ -32,8 +32,9 @@ from flash_attn_plus.schemas import Variant
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-# Matrix products of each kernel, of which the forward's two are its FLOP.
-PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
+# Matrix products of each kernel, of which the forward's two are its FLOP. dk and dv come from one pass, or from two.
+PRODUCTS = {"forward": 2, "dq": 3, "dk_dv": 4, "dk": 3, "dv": 2}
+PASSES = {"dq": "queries", "dk_dv": "keys", "dk": "keys", "dv": "values"}
 
 
 class Problem(NamedTuple):
@@ -70,11 +71,15 @@ def candidates(kernel: str, dtype: str) -> list[Plan]:
         rows, columns, stages = (16, 32, 64), (16, 32, 64), (1, 2)
     elif kernel == "forward":
         rows, columns, stages = (64, 128), (32, 64, 128), (1, 2, 3, 4)
-    elif kernel == "queries":
+    elif kernel == "dq":
         rows, columns, stages = (64, 128), (32, 64, 128), (1, 2, 3)
     else:
         rows, columns, stages = (32, 64, 128), (64, 128), (1, 2, 3)
     return [Plan(*x) for x in itertools.product(rows, columns, (4, 8), stages)]
+
+
+def _skip(*args) -> None:
+    pass
 
 
 class Run:
@@ -85,10 +90,13 @@ class Run:
         chosen = getattr(plan, function)
 
         def instead(problem):
-            return tiles if kernel == "forward" else chosen(problem)._replace(**{kernel: tiles})
+            if kernel == "forward":
+                return tiles or chosen(problem)
+            row = chosen(problem)
+            row = row._replace(values=None if kernel == "dk_dv" else row.values or row.keys)
+            return row._replace(**{PASSES[kernel]: tiles}) if tiles else row
 
-        if tiles is not None:
-            setattr(plan, function, instead)
+        setattr(plan, function, instead)
         try:
             self.forward = Forward(*inputs)
             if kernel != "forward":
@@ -104,7 +112,8 @@ class Run:
     def result(self) -> torch.Tensor:
         if self.kernel == "forward":
             return self.forward(*self.of_forward)[0].float()
-        return self.backward(*self.inputs)[0 if self.kernel == "queries" else 1].float()
+        dq, dk, dv = self.backward(*self.inputs)[:3]
+        return torch.cat([x.float().flatten() for x in {"dq": [dq], "dk": [dk], "dv": [dv]}.get(self.kernel, [dk, dv])])
 
     def alone(self) -> None:
         if self.kernel == "forward":
@@ -114,11 +123,13 @@ class Run:
 
     def isolate(self) -> Run:
         if self.kernel != "forward":
-            setattr(self.backward, "keys" if self.kernel == "queries" else "queries", None)
+            for other in {"queries", "keys", "values"} - {PASSES[self.kernel]}:
+                if getattr(self.backward, other) is not None:
+                    setattr(self.backward, other, _skip)
         return self
 
     def spilled(self) -> int:
-        launch = self.forward.launch if self.kernel == "forward" else getattr(self.backward, self.kernel)
+        launch = self.forward.launch if self.kernel == "forward" else getattr(self.backward, PASSES[self.kernel])
         return 4 * launch.compiled.n_spills
 
 

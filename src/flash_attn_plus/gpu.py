@@ -72,7 +72,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | 
 
         on, of_call = f"Triton on {device.architecture(q.device)}", problem(q, v, variant, layout)
         forward, passes = f"{on}: {plan.forward(of_call)}", plan.backward(of_call)
-        backward = f"{on}: dq {passes.queries}, dk and dv {passes.keys}"
+        backward = f"{on}: dq {passes.queries}, "
+        backward += f"dk {passes.keys}, dv {passes.values}" if passes.values else f"dk and dv {passes.keys}"
         if variant.attn_bias is not None and variant.attn_bias.is_floating_point():
             backward += f", dbias {passes.bias}"
     if layout is not None and layout.block_table is not None:

@@ -118,11 +118,12 @@ FORWARD["gfx90a"] = FORWARD["gfx942"]
 class BackwardRow(NamedTuple):
     queries: Plan  # of the pass whose programs own rows: dq
     keys: Plan  # of the pass whose programs own keys: dk and dv
+    values: Plan | None  # of a pass of its own for dv, where the sums of both do not fit in the registers
     bias: Plan  # of the pass that sums the gradient of the bias
 
 
-def _backward_row(*tiles: tuple[int, int, int, int]) -> BackwardRow:
-    return BackwardRow(*(Plan(*x) for x in tiles))
+def _backward_row(*tiles: tuple[int, int, int, int] | None) -> BackwardRow:
+    return BackwardRow(*(None if x is None else Plan(*x) for x in tiles))
 
 
 # As FORWARD: architecture -> (bytes of an element, columns of a tile) -> tiles without options, and with.
@@ -131,28 +132,28 @@ BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {
     # others are not measured, and some spill.
     "sm_90": {
         (2, 64): (
-            _backward_row((64, 64, 4, 3), (32, 64, 4, 1), (64, 64, 4, 1)),
-            _backward_row((64, 64, 4, 2), (32, 64, 4, 1), (64, 64, 4, 1)),
+            _backward_row((64, 64, 4, 3), (64, 64, 4, 3), None, (64, 64, 4, 1)),
+            _backward_row((64, 64, 4, 2), (32, 64, 4, 1), None, (64, 64, 4, 1)),
         ),
         (2, 128): (
-            _backward_row((128, 64, 8, 3), (32, 64, 4, 3), (64, 64, 8, 1)),
-            _backward_row((64, 64, 4, 1), (32, 64, 8, 1), (64, 64, 8, 1)),
+            _backward_row((128, 64, 8, 3), (32, 64, 4, 3), None, (64, 64, 8, 1)),
+            _backward_row((64, 64, 4, 1), (32, 64, 8, 1), None, (64, 64, 8, 1)),
         ),
         (2, 256): (
-            _backward_row((128, 32, 8, 3), (32, 64, 8, 3), (32, 32, 4, 1)),
-            _backward_row((64, 32, 8, 1), (32, 64, 8, 1), (32, 32, 4, 1)),
+            _backward_row((128, 32, 8, 3), (32, 128, 8, 3), (64, 128, 8, 2), (32, 32, 4, 1)),
+            _backward_row((64, 32, 8, 1), (32, 64, 8, 1), None, (32, 32, 4, 1)),
         ),
         (4, 64): (
-            _backward_row((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-            _backward_row((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            _backward_row((32, 32, 8, 1), (32, 32, 8, 1), None, (32, 32, 8, 1)),
+            _backward_row((32, 32, 8, 1), (32, 32, 8, 1), None, (32, 32, 8, 1)),
         ),
         (4, 128): (
-            _backward_row((32, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-            _backward_row((32, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+            _backward_row((32, 16, 8, 1), (16, 16, 4, 1), None, (16, 16, 4, 1)),
+            _backward_row((32, 16, 8, 1), (16, 16, 4, 1), None, (16, 16, 4, 1)),
         ),
         (4, 256): (
-            _backward_row((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-            _backward_row((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+            _backward_row((16, 16, 8, 1), (16, 16, 8, 1), None, (16, 16, 8, 1)),
+            _backward_row((16, 16, 8, 1), (16, 16, 8, 1), None, (16, 16, 8, 1)),
         ),
     },
 }
@@ -189,5 +190,6 @@ def forward(problem: Problem) -> Plan:
 def backward(problem: Problem) -> BackwardRow:
     arch = row_arch(problem.arch)
     if arch not in BACKWARD:
-        return BackwardRow(*[_ANYWHERE[problem.itemsize]] * 3)
+        tiles = _ANYWHERE[problem.itemsize]
+        return BackwardRow(tiles, tiles, None, tiles)
     return BACKWARD[arch][problem.itemsize, max(64, block_dim(problem.head_dim))][problem.options]

@@ -1,4 +1,4 @@
-"""The backward of dense and packed attention: up to four kernels, none of which reads lengths on the host.
+"""The backward of dense and packed attention: up to five launches, none of which reads lengths on the host.
 
 With P = exp(scores - lse), the dropped and rescaled P', dP = dropped and rescaled dout v^T, and
 delta = rowsum(dout * out) - dlse:
@@ -6,10 +6,11 @@ delta = rowsum(dout * out) - dlse:
     dv = P'^T dout,  dS = P * (dP - delta),  dq = scale * dS k,  dk = scale * dS^T q,
     dbias = dS before the softcap's slope,  dsink = -sum over rows of exp(sink - lse) * delta
 
-(Dao: "FlashAttention-2", 2023, section 2.3.2). dq and delta come from programs that own rows (backward_q.py), dk and dv
-from programs that own keys (backward_kv.py), dsink and dbias from sums of their own (backward_options.py). Scores are
-computed anew in each pass; in return nothing is added up atomically: reruns are bit-equal, and beside the gradients
-only delta is allocated. Stateless: any ``out`` and ``lse`` will do: the global ones of a ring give this block's part.
+(Dao: "FlashAttention-2", 2023, section 2.3.2). dq and what others need of each row come from programs that own rows
+(backward_q.py), dk and dv from programs that own keys (backward_kv.py), in one pass or in one each; dsink and dbias from
+sums of their own (backward_options.py). Scores are computed anew in each pass; in return nothing is added up atomically:
+reruns are bit-equal, and beside the gradients only four numbers for each row are allocated (statistics.py). Stateless:
+any ``out`` and ``lse`` will do: the global ones of a ring give this block's part.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .backward_kv import key_gradient_kernel
 from .backward_options import bias_gradient_kernel, sink_gradient_kernel
 from .backward_q import query_gradient_kernel
 from .launch import Launch, Prepared
+from .statistics import WIDTH
 
 # Programs that a sum over rows is dealt out to, where the bias alone gives fewer.
 _BIAS_PROGRAMS = 512
@@ -65,7 +67,7 @@ class Backward(Prepared):
         self.dq = result(need_dq, q.shape, q.dtype)
         self.dk, self.dv = result(need_dkv, k.shape, k.dtype), result(need_dkv, v.shape, v.dtype)
         self.dsink = result(variant.sink is not None, (batch, heads), torch.float32)
-        self.delta = arguments.Result(lse.shape, torch.float32, q.device)
+        self.statistics = arguments.Result((*lse.shape, WIDTH.value), torch.float32, q.device)
         self.copies = not all(map(has_contiguous_rows, (dout, q, k, v, out)))
         self.common = arguments.Common(q, k, variant, varlen)
         of_inputs = tuple(arguments.strides(x) for x in (q, k, v))
@@ -104,9 +106,11 @@ class Backward(Prepared):
 
         self.need_dq = need_dq
         self.queries = launch(query_gradient_kernel, row_tiles(q, plans.queries.BLOCK_M) * heads, plans.queries)
-        self.keys = self.sink = self.bias = None
+        self.keys = self.values = self.sink = self.bias = None
         if need_dkv:
             self.keys = launch(key_gradient_kernel, row_tiles(k, plans.keys.BLOCK_N) * heads_k, plans.keys)
+        if need_dkv and plans.values is not None:
+            self.values = launch(key_gradient_kernel, row_tiles(k, plans.values.BLOCK_N) * heads_k, plans.values)
         if variant.sink is not None and batch:
             self.sink = Launch(sink_gradient_kernel, batch * heads, {"BLOCK_M": 1024}, {"num_warps": 4})
         self.dbias = self.dbias_parts = nothing
@@ -155,22 +159,25 @@ class Backward(Prepared):
         if self.copies:
             dout, q, k, v, out = map(contiguous_rows, (dout, q, k, v, out))
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-        common, delta = self.common(q, k, variant, varlen), self.delta.empty()
+        common, statistics = self.common(q, k, variant, varlen), self.statistics.empty()
         if self.queries is not None:
-            of_queries = (q, k, v, dout, out, lse, dlse, delta, dq if self.need_dq else None)
+            of_queries = (q, k, v, dout, out, lse, dlse, statistics, dq if self.need_dq else None)
             self.queries(of_queries, (*self.strides_q, *common))
         if self.keys is not None:
             if self.fills:
                 dk.zero_(), dv.zero_()
-            self.keys((q, k, v, dout, lse, delta, dk, dv), (*self.strides_kv, *common))
+            dv_of_keys = None if self.values is not None else dv
+            self.keys((q, k, v, dout, statistics, dk, dv_of_keys), (*self.strides_kv, *common))
+        if self.values is not None:
+            self.values((q, k, v, dout, statistics, None, dv), (*self.strides_kv, *common))
         if self.sink is not None:
-            self.sink((lse, delta, dsink), common[1:-1])  # neither group nor bias
-        return dq, dk, dv, dsink, self._bias_gradient(q, k, v, dout, lse, delta, common)
+            self.sink((statistics, dsink), common[1:-1])  # neither group nor bias
+        return dq, dk, dv, dsink, self._bias_gradient(q, k, v, dout, statistics, common)
 
-    def _bias_gradient(self, q, k, v, dout, lse, delta, common) -> Tensor:
+    def _bias_gradient(self, q, k, v, dout, statistics, common) -> Tensor:
         if self.bias is None:
             dbias = self.dbias.empty()
             return dbias.zero_() if dbias.numel() else dbias
         parts = self.dbias_parts.empty()
-        self.bias((q, k, v, dout, lse, delta, parts), (*self.strides_bias, *common, *self.bias_tiles))
+        self.bias((q, k, v, dout, statistics, parts), (*self.strides_bias, *common, *self.bias_tiles))
         return parts if self.dbias_parts is self.dbias else parts.sum(0).to(self.dbias.dtype)

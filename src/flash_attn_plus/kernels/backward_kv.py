@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import scores, tiles
+from . import scores, statistics, tiles
 
 
 @triton.jit(
@@ -21,8 +21,7 @@ def key_gradient_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,  # as out
-    lse_ptr,  # contiguous
-    delta_ptr,  # contiguous
+    statistics_ptr,
     dk_ptr,  # as k
     dv_ptr,  # as v
     strides_q,  # of (batch, row, head); 0 for an axis that is not there
@@ -50,7 +49,7 @@ def key_gradient_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dv = P'^T dout and dk = scale * dS^T q."""
+    """dv = P'^T dout and dk = scale * dS^T q, or one of them where the other's pointer is None."""
     layout = tiles.Layout(batch, rows_q, rows_k, *layout)
     variant = scores.Variant(diagonal, window_left, window_right, *variant)
     heads_k = layout.heads // group
@@ -66,7 +65,8 @@ def key_gradient_kernel(
     k_ptrs = k_ptr + tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
     v_ptrs = v_ptr + tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
     k = tiles.load(k_ptrs, keys, sequence.seqlen_k, HEAD_DIM, BLOCK_D, True)
-    v = tiles.load(v_ptrs, keys, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, True)
+    if dk_ptr is not None:
+        v = tiles.load(v_ptrs, keys, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, True)
 
     q_offsets = tiles.tile_offsets(strides_q, BLOCK_M, BLOCK_D, WIDE)
     dout_offsets = tiles.tile_offsets(strides_dout, BLOCK_M, BLOCK_DV, WIDE)
@@ -83,9 +83,8 @@ def key_gradient_kernel(
         if part != 0 or variant.window_right is not None:
             blocks = tl.cdiv(bounds[part + 1] - bounds[part], BLOCK_M)
             # One loop over the blocks of all heads: the accumulators of a loop in a loop would leave the registers.
-            for step in tl.range(0, tl.maximum(blocks, 0) * group):
-                head_q = head_k * group + step // blocks
-                start = bounds[part] + step % blocks * BLOCK_M
+            head_q, start = head_k * group, bounds[part]
+            for _step in tl.range(0, tl.maximum(blocks, 0) * group):
                 head = scores.head_of(sequence, head_q, layout.heads, variant, bias)
                 rows = start + tl.arange(0, BLOCK_M)
                 q_ptrs = tiles.row_start(tiles.head_start(q_ptr, 0, head_q, strides_q), start, strides_q) + q_offsets
@@ -94,19 +93,14 @@ def key_gradient_kernel(
                 q = tiles.load(q_ptrs, rows, sequence.seqlen_q, HEAD_DIM, BLOCK_D, part != 1)
                 dout = tiles.load(dout_ptrs, rows, sequence.seqlen_q, HEAD_DIM_V, BLOCK_DV, part != 1)
                 dout = dout.to(q.dtype)
-                row = (first + head_q) * layout.rows_q + sequence.query_start + rows
-                if part == 1:
-                    lse, delta = tl.load(lse_ptr + row), tl.load(delta_ptr + row)
-                else:
-                    is_query = rows < sequence.seqlen_q
-                    lse = tl.load(lse_ptr + row, mask=is_query, other=float("-inf"))
-                    delta = tl.load(delta_ptr + row, mask=is_query, other=0.0)
-                lse, delta = scores.row_of(lse, delta)
-                found = scores.gradient(
-                    tl.dot(k, q.T, input_precision=PRECISION),
-                    tl.dot(v, dout.T, input_precision=PRECISION),
-                    lse,
-                    delta,
+                row = (first + head_q) * layout.rows_q + sequence.query_start + start
+                shift, delta = statistics.load(statistics_ptr, row, rows < sequence.seqlen_q, BLOCK_M, part != 1)
+                products = tl.dot(k, q.T, input_precision=PRECISION)
+                if dk_ptr is not None:
+                    dweights = tl.dot(v, dout.T, input_precision=PRECISION)
+                found = scores.weights_of(
+                    products,
+                    shift,
                     start,
                     first_key,
                     sequence,
@@ -120,13 +114,22 @@ def key_gradient_kernel(
                     WIDE,
                     TRANSPOSED=True,
                 )
-                dv = tiles.matmul_add(dv, found[0].to(dout.dtype), dout, PRECISION)
-                dk = tiles.matmul_add(dk, found[2].to(q.dtype), q, PRECISION)
+                if dv_ptr is not None:
+                    dv = tiles.matmul_add(dv, found.met.to(dout.dtype), dout, PRECISION)
+                if dk_ptr is not None:
+                    dproducts = scores.gradient(found, dweights, delta, variant, TRANSPOSED=True)[1]
+                    dk = tiles.matmul_add(dk, dproducts.to(q.dtype), q, PRECISION)
+                start += BLOCK_M
+                ends = start >= bounds[part + 1]
+                head_q += ends.to(tl.int32)
+                start = tl.where(ends, bounds[part], start)
 
-    dk_ptr = tiles.row_start(tiles.head_start(dk_ptr, sequence.batch, head_k, strides_dk), key, strides_dk)
-    dv_ptr = tiles.row_start(tiles.head_start(dv_ptr, sequence.batch, head_k, strides_dv), key, strides_dv)
-    dk_ptrs = dk_ptr + tiles.tile_offsets(strides_dk, BLOCK_N, BLOCK_D, WIDE)
-    dv_ptrs = dv_ptr + tiles.tile_offsets(strides_dv, BLOCK_N, BLOCK_DV, WIDE)
-    dk = (dk * scores.scale_of(variant)).to(dk_ptr.dtype.element_ty)
-    tiles.store(dk_ptrs, dk, keys, end, HEAD_DIM, BLOCK_D)
-    tiles.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), keys, end, HEAD_DIM_V, BLOCK_DV)
+    if dk_ptr is not None:
+        dk_ptr = tiles.row_start(tiles.head_start(dk_ptr, sequence.batch, head_k, strides_dk), key, strides_dk)
+        dk_ptrs = dk_ptr + tiles.tile_offsets(strides_dk, BLOCK_N, BLOCK_D, WIDE)
+        dk = (dk * scores.scale_of(variant)).to(dk_ptr.dtype.element_ty)
+        tiles.store(dk_ptrs, dk, keys, end, HEAD_DIM, BLOCK_D)
+    if dv_ptr is not None:
+        dv_ptr = tiles.row_start(tiles.head_start(dv_ptr, sequence.batch, head_k, strides_dv), key, strides_dv)
+        dv_ptrs = dv_ptr + tiles.tile_offsets(strides_dv, BLOCK_N, BLOCK_DV, WIDE)
+        tiles.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), keys, end, HEAD_DIM_V, BLOCK_DV)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import scores, tiles
+from . import scores, softmax, statistics, tiles
 
 
 @triton.jit(do_not_specialize=["batch", "rows_q", "rows_k", "diagonal", "window_left", "window_right"])
 def sink_gradient_kernel(
-    lse_ptr,  # contiguous, as delta
-    delta_ptr,
+    statistics_ptr,
     dsink_ptr,  # (batch, heads)
     batch,
     rows_q,
@@ -38,10 +37,8 @@ def sink_gradient_kernel(
     for start in tl.range(0, sequence.seqlen_q, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         is_query = rows < sequence.seqlen_q
-        lse = tl.load(lse_ptr + first + rows, mask=is_query, other=float("-inf"))
-        delta = tl.load(delta_ptr + first + rows, mask=is_query, other=0.0)
-        lse, delta = scores.row_of(lse, delta)
-        total -= tl.math.exp2((sink - lse) * scores.LOG2_E) * delta
+        shift, delta = statistics.load(statistics_ptr, first + start, is_query, BLOCK_M, True)
+        total -= softmax.weight_of_sink(sink, variant.unit, shift) * delta
     tl.store(dsink_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
@@ -53,8 +50,7 @@ def bias_gradient_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,  # as out
-    lse_ptr,  # contiguous, as delta
-    delta_ptr,
+    statistics_ptr,
     dbias_ptr,  # (strips, batch or 1, heads or 1, rows or 1, columns or 1), contiguous
     strides_q,  # of (batch, row, head); 0 for an axis that is not there
     strides_k,
@@ -134,9 +130,7 @@ def bias_gradient_kernel(
                 dout_ptrs = tiles.row_start(dout_head, row, strides_dout)
                 dout_ptrs += tiles.tile_offsets(strides_dout, BLOCK_M, BLOCK_DV, WIDE)
                 dout = tiles.load(dout_ptrs, rows, sequence.seqlen_q, HEAD_DIM_V, BLOCK_DV, True).to(q.dtype)
-                lse = tl.load(lse_ptr + first + rows, mask=is_query, other=float("-inf"))
-                delta = tl.load(delta_ptr + first + rows, mask=is_query, other=0.0)
-                lse, delta = scores.row_of(lse, delta)
+                shift, delta = statistics.load(statistics_ptr, first + first_row, is_query, BLOCK_M, True)
                 bounds = scores.key_blocks(first_row, sequence, head, variant, BLOCK_M, BLOCK_N)
                 begin = tl.maximum(bounds[0] // BLOCK_N, column_begin)
                 end = tl.minimum(tl.cdiv(bounds[3], BLOCK_N), column_end)
@@ -149,11 +143,10 @@ def bias_gradient_kernel(
                     v_ptrs += tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
                     k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, True)
                     v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, True)
-                    found = scores.gradient(
+                    dweights = tl.dot(dout, v.T, input_precision=PRECISION)
+                    found = scores.weights_of(
                         tl.dot(q, k.T, input_precision=PRECISION),
-                        tl.dot(dout, v.T, input_precision=PRECISION),
-                        lse,
-                        delta,
+                        shift,
                         first_row,
                         start,
                         sequence,
@@ -166,7 +159,7 @@ def bias_gradient_kernel(
                         q.dtype == tl.float32,
                         WIDE,
                     )
-                    total += found[1]
+                    total += scores.gradient(found, dweights, delta, variant)[0]
 
     rows, columns = row_begin * BLOCK_M + tl.arange(0, BLOCK_M), column_begin * BLOCK_N + tl.arange(0, BLOCK_N)
     size_rows, size_columns = bias.rows, bias.columns

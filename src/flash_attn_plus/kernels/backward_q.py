@@ -1,4 +1,4 @@
-"""The backward, as the queries see it: delta, and dq.
+"""The backward, as the queries see it: what the other passes need of each row, and dq.
 
 A program owns BLOCK_M query rows of one head, as in the forward, and walks over the same keys.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import scores, tiles
+from . import scores, softmax, statistics, tiles
 
 
 @triton.jit(
@@ -20,9 +20,9 @@ def query_gradient_kernel(
     v_ptr,
     dout_ptr,  # as out
     out_ptr,
-    lse_ptr,  # contiguous, as delta
+    lse_ptr,  # contiguous, as dlse
     dlse_ptr,
-    delta_ptr,  # float32
+    statistics_ptr,
     dq_ptr,  # as q
     strides_q,  # of (batch, row, head); 0 for an axis that is not there
     strides_k,
@@ -49,7 +49,7 @@ def query_gradient_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """delta = rowsum(dout * out) - dlse, and where dq is wanted dq = scale * dS k."""
+    """delta = rowsum(dout * out) - dlse, the shift of softmax.weights, and where dq is wanted dq = scale * dS k."""
     layout = tiles.Layout(batch, rows_q, rows_k, *layout)
     variant = scores.Variant(diagonal, window_left, window_right, *variant)
     sequence, head_q, first_row = tiles.query_tile(
@@ -73,8 +73,9 @@ def query_gradient_kernel(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + first + tl.arange(0, BLOCK_M), mask=is_query, other=0.0)
     lse = tl.load(lse_ptr + first + tl.arange(0, BLOCK_M), mask=is_query, other=float("-inf"))
-    lse, delta = scores.row_of(lse, delta)
-    tl.store(delta_ptr + first + tl.arange(0, BLOCK_M), delta, mask=rows < sequence.query_rows)
+    delta = tl.where(lse == float("-inf"), 0.0, delta)  # whatever came with a row that sees nothing
+    shift = softmax.shift_of(lse, variant.unit)
+    statistics.store(statistics_ptr, first, shift, delta, is_query, BLOCK_M)
 
     if dq_ptr is not None:
         head = scores.head_of(sequence, head_q, layout.heads, variant, bias)
@@ -102,11 +103,11 @@ def query_gradient_kernel(
                     v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
                     k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, part != 1)
                     v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, part != 1)
-                    found = scores.gradient(
-                        tl.dot(q, k.T, input_precision=PRECISION),
-                        tl.dot(dout, v.T, input_precision=PRECISION),
-                        lse,
-                        delta,
+                    products = tl.dot(q, k.T, input_precision=PRECISION)
+                    dweights = tl.dot(dout, v.T, input_precision=PRECISION)
+                    found = scores.weights_of(
+                        products,
+                        shift,
                         first_row,
                         start,
                         sequence,
@@ -119,7 +120,8 @@ def query_gradient_kernel(
                         q.dtype == tl.float32,
                         WIDE,
                     )
-                    dq = tiles.matmul_add(dq, found[2].to(k.dtype), k, PRECISION)
+                    dproducts = scores.gradient(found, dweights, delta, variant)[1]
+                    dq = tiles.matmul_add(dq, dproducts.to(k.dtype), k, PRECISION)
         dq = tl.where(is_query[:, None], dq * scores.scale_of(variant), 0.0)
         dq_ptr = tiles.row_start(tiles.head_start(dq_ptr, sequence.batch, head_q, strides_dq), row, strides_dq)
         dq_ptrs = dq_ptr + tiles.tile_offsets(strides_dq, BLOCK_M, BLOCK_D, WIDE)

@@ -264,13 +264,6 @@ def keep(
 
 
 @triton.jit
-def row_of(lse, delta):
-    """What ``gradient`` takes: rows that see nothing get lse +inf, so that their weights are exactly 0, and delta 0."""
-    sees_nothing = lse == float("-inf")
-    return tl.where(sees_nothing, float("inf"), lse), tl.where(sees_nothing, 0.0, delta)
-
-
-@triton.jit
 def scale_of(variant):
     """The softmax scale: what a gradient of products is multiplied by."""
     if variant.scale is not None:
@@ -279,12 +272,28 @@ def scale_of(variant):
         return variant.unit * softmax.LN_2
 
 
+class Weights(NamedTuple):
+    """Of a block, computed again from its scores and the log-sum-exp."""
+
+    weights: tl.tensor
+    met: tl.tensor  # those that met the values: dropped and rescaled
+    kept: tl.tensor  # by dropout; 0 where there is none
+    capped: tl.tensor  # scores before ALiBi, bias and mask
+
+
 @triton.jit
-def gradient(
+def _per_row(x, TRANSPOSED: tl.constexpr):
+    """A number for each row, to be broadcast against a block."""
+    if TRANSPOSED:
+        return x[None, :]
+    else:
+        return x[:, None]
+
+
+@triton.jit
+def weights_of(
     products,
-    dweights,
-    lse,
-    delta,
+    shift,
     first_row,
     first_column,
     sequence,
@@ -298,26 +307,27 @@ def gradient(
     WIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
 ):
-    """(weights that met the values, gradient of the bias, gradient of products * scale), all (BLOCK_M, BLOCK_N), from
-    the products q.k and ``dweights`` = dout.v, the gradient of the weights that met the values.
-
-    ``lse`` and ``delta`` (BLOCK_M,) are what row_of returns.
-    """
-    if TRANSPOSED:
-        lse, delta = lse[None, :], delta[None, :]
-    else:
-        lse, delta = lse[:, None], delta[:, None]
+    """Weights (BLOCK_M, BLOCK_N) from the products q.k and ``shift`` (BLOCK_M,), from softmax.shift_of."""
     capped = scale_and_cap(products, variant, PRECISE)
     s = scores(capped, first_row, first_column, sequence, head, variant, bias, MASK, BLOCK_M, BLOCK_N, WIDE, TRANSPOSED)
-    weights = softmax.weights(s, variant.unit, lse)
-    met = weights
+    weights = softmax.weights(s, variant.unit, _per_row(shift, TRANSPOSED))
+    met, kept = weights, 0
     if variant.dropout_threshold is not None:
         kept = keep(first_row, first_column, head, variant, BLOCK_M, BLOCK_N, TRANSPOSED)
         met = tl.where(kept, weights * variant.dropout_scale, 0.0)
-        dweights = tl.where(kept, dweights * variant.dropout_scale, 0.0)
-    dbias = weights * (dweights - delta)
+    return Weights(weights, met, kept, capped)
+
+
+@triton.jit
+def gradient(found, dweights, delta, variant, TRANSPOSED: tl.constexpr = False):
+    """(gradient of the bias, gradient of products * scale), from ``Weights`` and ``dweights`` = dout.v, the gradient of
+    those that met the values. ``delta`` (BLOCK_M,) is finite.
+    """
+    if variant.dropout_threshold is not None:
+        dweights = tl.where(found.kept, dweights * variant.dropout_scale, 0.0)
+    dbias = found.weights * (dweights - _per_row(delta, TRANSPOSED))
     if variant.softcap is not None:
-        ratio = capped / variant.softcap
-        return met, dbias, dbias * (1.0 - ratio * ratio)
+        ratio = found.capped / variant.softcap
+        return dbias, dbias * (1.0 - ratio * ratio)
     else:
-        return met, dbias, dbias
+        return dbias, dbias

@@ -16,12 +16,19 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _as_kept(x, unit):
+    """A natural logit as maximum and log-sum-exp are kept."""
+    if unit is not None:
+        return x * LOG2_E
+    else:
+        return x
+
+
+@triton.jit
 def start(sink, unit, HAS_SINK: tl.constexpr, BLOCK_M: tl.constexpr):
     """(maximum, sum) of rows that have seen no key. A sink is a logit that every row has seen: it has no value."""
     if HAS_SINK:
-        if unit is not None:
-            sink = sink * LOG2_E
-        return tl.zeros([BLOCK_M], tl.float32) + sink, tl.full([BLOCK_M], 1.0, tl.float32)
+        return tl.zeros([BLOCK_M], tl.float32) + _as_kept(sink, unit), tl.full([BLOCK_M], 1.0, tl.float32)
     else:
         return tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
@@ -63,9 +70,22 @@ def finish(maximum, total, unit):
 
 
 @triton.jit
-def weights(scores, unit, lse):
-    """The weights again, from their scores and the log-sum-exp: exactly 0 where that is +inf."""
+def shift_of(lse, unit):
+    """What ``weights`` subtracts: +inf for rows that see nothing, so that their weights are exactly 0."""
+    return _as_kept(tl.where(lse == float("-inf"), float("inf"), lse), unit)
+
+
+@triton.jit
+def weights(scores, unit, shift):
+    """The weights again, from their scores and what ``shift_of`` makes of the log-sum-exp."""
     if unit is not None:
-        return tl.math.exp2(scores * unit - lse * LOG2_E)
+        return tl.math.exp2(scores * unit - shift)
     else:
-        return tl.math.exp2((scores - lse) * LOG2_E)
+        return tl.math.exp2((scores - shift) * LOG2_E)
+
+
+@triton.jit
+def weight_of_sink(sink, unit, shift):
+    """Its share of the softmax of a row."""
+    difference = _as_kept(sink, unit) - shift
+    return tl.math.exp2(difference if unit is not None else difference * LOG2_E)
