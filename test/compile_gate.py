@@ -1,24 +1,26 @@
 """Compiles the rows of plan.py for one target and prints what each takes, as JSON. Run by test_compile_gate.py.
 
-python test/compile_gate.py sm_90 causal options
+python test/compile_gate.py sm_90 forward 2,4 causal options
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 
 import offline
 import torch
 from torch import Tensor
 
 from flash_attn_plus import plan
-from flash_attn_plus.kernels import arguments, forward
+from flash_attn_plus.kernels import arguments, backward, forward
+from flash_attn_plus.kernels.launch import Launch
 from flash_attn_plus.schemas import Variant, Varlen
 
 SEQLEN, HEADS = 1024, 2
 
-KINDS = ("causal", "window", "options", "bias", "short", "varlen", "tf32")
+PASSES = ("queries", "keys", "values", "bias", "sink")  # of the backward
 
 
 def problem(kind: str, dtype: torch.dtype, dim: int) -> tuple[Tensor, Tensor, Tensor, Variant, Varlen | None]:
@@ -38,22 +40,41 @@ def problem(kind: str, dtype: torch.dtype, dim: int) -> tuple[Tensor, Tensor, Te
     return q, k, v, variant, None
 
 
-def main(arch: str, kinds: list[str]) -> None:
+def forward_launches(
+    q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None
+) -> Iterator[tuple[str, plan.Plan | None, Launch]]:
+    prepared = forward.Forward(q, k, v, variant, varlen)
+    prepared(q, k, v, variant, varlen)
+    yield "forward", plan.forward(arguments.problem(q, v, variant, varlen)), prepared.launch
+
+
+def backward_launches(
+    q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None
+) -> Iterator[tuple[str, plan.Plan | None, Launch]]:
+    dout, out, lse = v, v, torch.empty(q.shape[:-1])
+    arguments_of_call = (dout, q, k, v, out, lse, None, variant, True, True, True, varlen)
+    prepared = backward.Backward(*arguments_of_call)
+    prepared(*arguments_of_call)
+    row = plan.backward(arguments.problem(q, v, variant, varlen))
+    for name in PASSES:
+        launch = getattr(prepared, name)
+        if launch is not None:
+            yield name, getattr(row, name, None), launch
+
+
+def main(arch: str, direction: str, sizes: list[int], kinds: list[str]) -> None:
     offline.install(arch)
+    launches = {"forward": forward_launches, "backward": backward_launches}[direction]
     for itemsize, dim in plan.FORWARD[arch]:
         dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
         for kind in kinds:
-            if kind == "tf32" and itemsize != 4:
+            if itemsize not in sizes or (kind == "tf32" and itemsize != 4):
                 continue
             torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
-            arguments_of_call = problem(kind, dtype, dim)
-            forward.Forward(*arguments_of_call)(*arguments_of_call)
-            [taken] = offline.compiled_kernels(forward.forward_kernel)
-            q, _, v, variant, varlen = arguments_of_call
-            tiles = plan.forward(arguments.problem(q, v, variant, varlen))
-            row = {"itemsize": itemsize, "dim": dim, "kind": kind, "plan": list(tiles), **taken._asdict()}
-            print(json.dumps(row), flush=True)
+            for name, tiles, launch in launches(*problem(kind, dtype, dim)):
+                row = {"itemsize": itemsize, "dim": dim, "kind": kind, "pass": name, "plan": tiles}
+                print(json.dumps({**row, **offline.measure(launch.compiled)._asdict()}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] or list(KINDS))
+    main(*sys.argv[1:3], list(map(int, sys.argv[3].split(","))), sys.argv[4:])

@@ -1,7 +1,7 @@
 """Compiles what a launch would run, for any GPU, without one.
 
 ``install`` gives Triton a driver that knows a target and launches nothing; the package's real launch functions then
-run on CPU tensors up to the launch, and ``compiled_kernels`` tells what they compiled. One target per process.
+run on CPU tensors up to the launch, and ``measure`` tells what they compiled takes. One target per process.
 """
 
 from __future__ import annotations
@@ -82,33 +82,22 @@ def install(arch: str) -> None:
     device.has_tf32 = lambda _: arch.startswith("sm_")
 
 
-def compiled_kernels(kernel) -> list[Compiled]:
-    """What calls of a jit function have compiled since the last time."""
-    cache = kernel.device_caches[0][0]
-    results = [_measure(compiled) for compiled in cache.values()]
-    cache.clear()
-    return results
-
-
-def _measure(compiled) -> Compiled:
+def measure(compiled) -> Compiled:
     if compiled.metadata.target.backend == "hip":
         return _measure_amd(compiled)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
-        usage = _run("cuobjdump", "-res-usage", cubin)
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        arch = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-        ptxas = (
-            "ptxas-blackwell"
-            if arch.startswith(("sm_10", "sm_12")) and (TOOLS / "ptxas-blackwell").exists()
-            else "ptxas"
-        )
-        log = _run(ptxas, "-v", f"--gpu-name={arch}", ptx, "-o", Path(folder, "again.cubin"))
     text = compiled.asm["ptx"]
     kinds = (("wgmma", "wgmma.mma_async"), ("tcgen05", "tcgen05.mma"), ("mma", "mma.sync"))
     matrix = next((name for name, instruction in kinds if instruction in text), "")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", cubin)
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        log = ""
+        if matrix == "wgmma":
+            ptx.write_text(text)
+            arch = re.search(r"\.target (\w+)", text)[1]
+            log = _run("ptxas", "-v", f"--gpu-name={arch}", ptx, "-o", Path(folder, "again.cubin"))
     return Compiled(
         registers,
         stack,

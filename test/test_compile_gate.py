@@ -5,10 +5,12 @@ Needs no GPU: offline.py lets the real launch functions compile for any target. 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 
 # Triton beside the installed one: `make` puts the oldest that is supported there.
 OTHERS = sorted(path for path in (ROOT / "build").glob("triton-*") if (path / "triton").is_dir())
+
+# The whole backward is hundreds of kernels: a plain run leaves out float32 and what resembles the rest.
+asked_for = pytest.mark.skipif(os.environ.get("COMPILE_GATE") != "all", reason="takes minutes: COMPILE_GATE=all")
 
 KIB = 1024
 SHARED = {
@@ -83,23 +88,116 @@ SPILLS = {
     ("gfx1100", 4, 256, "short"): 744,
 }
 
+# The same of the backward: (arch, itemsize, columns, kind, pass).
+BACKWARD_SPILLS = {
+    ("sm_80", 2, 64, "causal", "keys"): 8,
+    ("sm_80", 2, 64, "options", "keys"): 16,
+    ("sm_80", 2, 128, "causal", "queries"): 8,
+    ("sm_80", 2, 256, "causal", "keys"): 8,
+    ("sm_80", 2, 256, "options", "queries"): 8,
+    ("sm_80", 2, 256, "options", "keys"): 8,
+    ("sm_80", 4, 64, "causal", "keys"): 16,
+    ("sm_80", 4, 64, "options", "queries"): 8,
+    ("sm_80", 4, 128, "causal", "keys"): 16,
+    ("sm_80", 4, 128, "options", "queries"): 8,
+    ("sm_80", 4, 256, "causal", "queries"): 32,
+    ("sm_86", 2, 64, "causal", "keys"): 8,
+    ("sm_86", 2, 64, "options", "keys"): 16,
+    ("sm_86", 2, 128, "causal", "queries"): 8,
+    ("sm_86", 2, 128, "options", "keys"): 8,
+    ("sm_86", 2, 256, "causal", "values"): 8,
+    ("sm_86", 2, 256, "options", "queries"): 8,
+    ("sm_86", 4, 64, "causal", "keys"): 16,
+    ("sm_86", 4, 64, "options", "queries"): 8,
+    ("sm_90", 2, 64, "causal", "keys"): 16,
+    ("sm_90", 2, 64, "options", "queries"): 16,
+    ("sm_90", 2, 64, "varlen", "keys"): 8,
+    ("sm_90", 2, 64, "window", "keys"): 8,
+    ("sm_90", 2, 128, "causal", "keys"): 32,
+    ("sm_90", 2, 128, "options", "queries"): 8,
+    ("sm_90", 2, 128, "options", "keys"): 24,
+    ("sm_90", 2, 128, "varlen", "keys"): 32,
+    ("sm_90", 2, 128, "window", "keys"): 24,
+    ("sm_90", 2, 256, "bias", "keys"): 24,
+    ("sm_90", 2, 256, "bias", "bias"): 16,
+    ("sm_90", 2, 256, "causal", "keys"): 16,
+    ("sm_90", 2, 256, "causal", "values"): 56,
+    ("sm_90", 2, 256, "options", "queries"): 48,
+    ("sm_90", 2, 256, "options", "keys"): 120,
+    ("sm_90", 2, 256, "varlen", "values"): 64,
+    ("sm_90", 2, 256, "window", "values"): 8,
+    ("sm_90", 4, 64, "bias", "bias"): 8,
+    ("sm_90", 4, 64, "causal", "keys"): 16,
+    ("sm_90", 4, 64, "options", "queries"): 8,
+    ("sm_90", 4, 64, "window", "keys"): 8,
+    ("sm_90", 4, 128, "bias", "keys"): 16,
+    ("sm_90", 4, 128, "causal", "queries"): 8,
+    ("sm_90", 4, 128, "options", "keys"): 32,
+    ("sm_90", 4, 128, "tf32", "keys"): 16,
+    ("sm_90", 4, 256, "options", "keys"): 32,
+    ("sm_100", 4, 128, "causal", "queries"): 8,
+    ("sm_100", 4, 256, "options", "keys"): 24,
+    ("sm_120", 2, 64, "causal", "keys"): 120,
+    ("sm_120", 2, 64, "options", "keys"): 8,
+    ("sm_120", 2, 128, "options", "keys"): 32,
+    ("sm_120", 2, 256, "causal", "values"): 80,
+    ("sm_120", 2, 256, "options", "queries"): 32,
+    ("sm_120", 2, 256, "options", "keys"): 8,
+    ("sm_120", 2, 256, "options", "values"): 64,
+    ("sm_120", 4, 64, "causal", "keys"): 16,
+    ("sm_120", 4, 256, "causal", "queries"): 32,
+    ("sm_120", 4, 256, "options", "keys"): 32,
+    ("gfx90a", 2, 128, "options", "keys"): 32,
+    ("gfx90a", 2, 256, "causal", "keys"): 68,
+    ("gfx942", 2, 256, "causal", "keys"): 72,
+    ("gfx1100", 2, 64, "causal", "keys"): 152,
+    ("gfx1100", 2, 64, "options", "queries"): 128,
+    ("gfx1100", 2, 64, "options", "keys"): 12,
+    ("gfx1100", 2, 128, "causal", "keys"): 524,
+    ("gfx1100", 2, 128, "options", "queries"): 28,
+    ("gfx1100", 2, 128, "options", "keys"): 432,
+    ("gfx1100", 2, 256, "causal", "queries"): 784,
+    ("gfx1100", 2, 256, "causal", "keys"): 1568,
+    ("gfx1100", 2, 256, "causal", "values"): 660,
+    ("gfx1100", 2, 256, "options", "queries"): 1008,
+    ("gfx1100", 2, 256, "options", "keys"): 1044,
+    ("gfx1100", 2, 256, "options", "values"): 24,
+    ("gfx1100", 4, 64, "options", "keys"): 360,
+    ("gfx1100", 4, 128, "causal", "queries"): 780,
+    ("gfx1100", 4, 128, "causal", "keys"): 768,
+    ("gfx1100", 4, 128, "options", "queries"): 716,
+    ("gfx1100", 4, 128, "options", "keys"): 964,
+    ("gfx1100", 4, 256, "causal", "queries"): 2456,
+    ("gfx1100", 4, 256, "causal", "keys"): 2436,
+    ("gfx1100", 4, 256, "causal", "values"): 848,
+    ("gfx1100", 4, 256, "options", "queries"): 1672,
+    ("gfx1100", 4, 256, "options", "keys"): 2196,
+    ("gfx1100", 4, 256, "options", "values"): 792,
+}
 
-def compiled(arch: str, kinds: tuple[str, ...], triton: Path | None = None) -> list[dict]:
+
+def compiled(
+    arch: str, direction: str, kinds: tuple[str, ...], sizes: tuple[int, ...] = (2, 4), triton: Path | None = None
+) -> list[dict]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     paths = [str(triton)] if triton else []
     environment["PYTHONPATH"] = os.pathsep.join([*paths, str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "test" / "compile_gate.py"), arch, *kinds]
+    gate, itemsizes = str(ROOT / "test" / "compile_gate.py"), ",".join(map(str, sizes))
+    command = [sys.executable, gate, arch, direction, itemsizes, *kinds]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def check(arch: str, row: dict) -> None:
-    name = f"{arch} {row['itemsize']} bytes, {row['dim']} columns, {row['kind']}, {row['plan']}"
-    spill = SPILLS.get((arch, row["itemsize"], row["dim"], row["kind"]), 0)
+    name = f"{arch} {row['itemsize']} bytes, {row['dim']} columns, {row['kind']}, {row['pass']}, {row['plan']}"
+    place = (arch, row["itemsize"], row["dim"], row["kind"])
+    spill = SPILLS.get(place, 0) if row["pass"] == "forward" else BACKWARD_SPILLS.get((*place, row["pass"]), 0)
     assert row["stack"] <= spill, f"{name}: spills {row['stack']} bytes"
     assert row["shared"] <= SHARED[arch], f"{name}: {row['shared']} bytes of shared memory"
     assert not row["serialized"], f"{name}: wgmma is serialised"
+    if row["pass"] == "sink":
+        return  # multiplies no matrices
     if row["itemsize"] == 2:
         assert row["matrix"] == MATRIX[arch], f"{name}: runs on {row['matrix'] or 'no matrix unit'}"
     elif row["kind"] == "tf32":
@@ -107,21 +205,24 @@ def check(arch: str, row: dict) -> None:
     else:
         # AMD's float32 matrix instructions are exact.
         assert arch.startswith("gfx") or not row["matrix"], f"{name}: float32 is rounded to TF32"
-        assert not row["chained"], f"{name}: one chain of roundings runs through all keys"
+        assert not row["chained"], f"{name}: one chain of roundings runs through all blocks"
 
 
-@pytest.mark.parametrize("arch", plan.FORWARD)
-def test_every_row_compiles(arch):
-    kinds = ("causal", "options", "short")  # the three columns of the table
-    rows = compiled(arch, kinds)
+def check_forward(arch: str, kinds: tuple[str, ...], triton: Path | None = None) -> None:
+    rows = compiled(arch, "forward", kinds, triton=triton)
     assert len(rows) == len(kinds) * len(plan.FORWARD[arch])
     for row in rows:
         check(arch, row)
 
 
+@pytest.mark.parametrize("arch", plan.FORWARD)
+def test_every_row_compiles(arch):
+    check_forward(arch, ("causal", "options", "short"))  # the three columns of the table
+
+
 @pytest.mark.parametrize("kind", ["window", "bias", "varlen", "tf32"])
 def test_every_kind_compiles(kind):
-    rows = compiled("sm_90", (kind,))
+    rows = compiled("sm_90", "forward", (kind,))
     assert rows
     for row in rows:
         check("sm_90", row)
@@ -131,7 +232,37 @@ def test_every_kind_compiles(kind):
 @pytest.mark.parametrize("arch", plan.FORWARD)
 @pytest.mark.parametrize("triton", OTHERS, ids=lambda path: path.name)
 def test_every_row_compiles_with_other_tritons(arch, triton):
-    rows = compiled(arch, ("causal",), triton)
-    assert len(rows) == len(plan.FORWARD[arch])
+    check_forward(arch, ("causal",), triton)
+
+
+def backward_cases() -> Iterator:
+    """(architecture, bytes of an element, kinds, Triton or None). What is not ``quick`` is compiled where asked for."""
+
+    def case(arch: str, size: int, kinds: tuple[str, ...], triton: Path | None, quick: bool):
+        name = "-".join([arch, str(size), *kinds, *([triton.name] if triton else [])])
+        return pytest.param(arch, size, kinds, triton, id=name, marks=() if quick else asked_for)
+
+    for arch, size in itertools.product(plan.BACKWARD, (2, 4)):
+        shares = arch in ("sm_120", "gfx90a")  # the rows of another
+        yield case(arch, size, ("causal", "options"), None, quick=size == 2 and not shares)
+        for triton in OTHERS:
+            yield case(arch, size, ("causal",), triton, quick=(arch, size) == ("sm_90", 2))
+    for kind, size in itertools.product(("window", "bias", "varlen"), (2, 4)):
+        yield case("sm_90", size, (kind,), None, quick=(kind, size) == ("bias", 2))
+    yield case("sm_90", 4, ("tf32",), None, quick=False)
+
+
+@pytest.mark.parametrize("arch, size, kinds, triton", list(backward_cases()))
+def test_every_row_of_the_backward_compiles(arch, size, kinds, triton):
+    rows = compiled(arch, "backward", kinds, (size,), triton)
+    found = [(row["dim"], row["kind"], row["pass"]) for row in rows]
+    expected = []
+    for (itemsize, dim), columns in plan.BACKWARD[arch].items():
+        for kind in kinds if itemsize == size else ():
+            tiles = columns[kind in ("options", "bias")]
+            passes = ["queries", "keys"] + ["values"] * (tiles.values is not None)
+            passes += {"bias": ["bias"], "window": ["sink"]}.get(kind, [])
+            expected += [(dim, kind, name) for name in passes]
+    assert found == expected
     for row in rows:
         check(arch, row)

@@ -1,4 +1,4 @@
-"""The demo and the GPU benchmark run, write what they say, and notice a wrong attention."""
+"""The examples and the GPU benchmark run, write what they say, and notice a wrong attention."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import csv
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flash_attn_plus import flash_attn_func
+from flash_attn_plus import flash_attn_func, flash_attn_varlen_func
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BENCHMARK = EXAMPLES.parent / "benchmark"
@@ -155,12 +158,222 @@ def test_without_matplotlib_there_is_no_picture(train_gpt, fit, monkeypatch):
         ("--kv-heads 3", "--kv-heads: expected a divisor of --heads 4, got 3"),
         ("--dim 100", "--dim: expected a multiple of 2 x --heads 4, got 100"),
         ("--steps 0", "--steps: expected at least 1, got 0"),
+        ("--sample 0", "--sample: expected at least 1, got 0"),
+        (
+            "--attention flash",
+            "--attention: expected ours and any of flash, cudnn, math, separated by commas, got flash",
+        ),
+        ("--attention ours,fa2", "separated by commas, got ours,fa2"),
     ],
 )
 def test_wrong_options_are_told_by_name(train_gpt, capsys, option, message):
     with pytest.raises(SystemExit):
-        train_gpt.parse(option.split())
+        train_gpt.parse(["--device", "cpu", *option.split()])
     assert message in capsys.readouterr().err
+
+
+def test_the_comparison_is_larger_on_a_gpu_unless_told_otherwise(train_gpt):
+    names = ["steps", "batch", "seq", "dim", "lr", "dtype"]
+    small = [400, 8, 256, 192, 2e-3, torch.float32]
+    on_gpu = "--attention ours,flash,cudnn --device cuda"
+
+    def sizes(options):
+        args = train_gpt.parse(options.split())
+        return [getattr(args, name) for name in names]
+
+    assert sizes("--device cpu") == sizes("--device cpu --attention ours,math") == small
+    assert sizes("--device cuda") == [*small[:-1], torch.bfloat16]
+    assert sizes(on_gpu) == [500, 32, 1024, 768, 1e-3, torch.bfloat16]
+    assert sizes(f"{on_gpu} --steps 7 --dtype float32") == [7, 32, 1024, 768, 1e-3, torch.float32]
+
+
+def test_the_warm_up_is_in_no_speed(train_gpt, fit):
+    run = fit(train_gpt.causal_attention)
+    run.seconds = [100.0] * train_gpt.WARM_UP + [1.0, 2.0, 3.0] * 4
+    assert run.tokens_per_second(64) == 32.0
+    run.seconds = [100.0, 100.0, 4.0, 4.0]  # few steps: half of them
+    assert run.tokens_per_second(64) == 16.0
+
+
+@pytest.fixture
+def compare(train_gpt, monkeypatch, capsys, tmp_path):
+    """Run train_gpt with --attention on the alphabet over and over, which is learned in a few steps: (exit status,
+    what was printed, what was said to have failed)."""
+    text = torch.arange(len(train_gpt.ALPHABET)).repeat(20)
+    monkeypatch.setattr(train_gpt, "load_corpus", lambda: train_gpt.Corpus(text, text, 1))
+
+    def run(names, *options):
+        argv = f"{TINY} --steps 60 --lr 0.1 --attention {names} --out {tmp_path}".split()
+        return train_gpt.main([*argv, *options]), *capsys.readouterr()
+
+    return run
+
+
+def _table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_attentions_train_alike_and_what_is_absent_is_said(train_gpt, compare, tmp_path):
+    status, out, err = compare("ours,flash,cudnn,math")
+    assert (status, err) == (0, "")
+    assert "3/4 PyTorch CUDNN_ATTENTION is absent: No viable backend for scaled_dot_product_attention" in out
+    assert "passed: flash_attn_plus trains as PyTorch FLASH_ATTENTION, PyTorch MATH, within 0.5%" in out
+    names = {"train_gpt_curves.csv", "train_gpt_summary.csv"}
+    if importlib.util.find_spec("matplotlib"):
+        names.add("train_gpt_curves.png")
+    assert {path.name for path in tmp_path.iterdir()} == names
+    curves = _table(tmp_path / "train_gpt_curves.csv")
+    assert list(curves[0]) == ["step", "ours", "flash", "math"] and len(curves) == 60
+    ours = [float(row["ours"]) for row in curves]
+    assert ours[-1] < 0.6 * ours[0]
+    assert all(abs(float(row[name]) - float(row["ours"])) < 1e-3 for row in curves for name in ("flash", "math"))
+    summary = {row["implementation"]: row for row in _table(tmp_path / "train_gpt_summary.csv")}
+    assert list(summary) == ["ours", "flash", "math"]
+    assert float(summary["ours"]["loss_last_50_steps"]) == pytest.approx(sum(ours[-50:]) / 50)
+    assert all(abs(float(row["relative_difference"])) < 1e-3 for row in summary.values())
+    assert all(float(row["tokens_per_second"]) > 0 for row in summary.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_attention_that_ends_elsewhere_fails(train_gpt, compare, monkeypatch, dtype):
+    monkeypatch.setitem(train_gpt.IMPLEMENTATIONS, "ours", ("flash_attn_plus", WRONG["not causal"]))
+    status, out, err = compare("ours,math", "--dtype", dtype)
+    assert status == 1 and "passed" not in out
+    assert "FAILED: PyTorch MATH: the mean loss of the last 50 steps differs by +" in err
+    assert ("a gradient differs by" in err) == (dtype == "float32")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_gradient_fails_the_comparison_in_float32(train_gpt, fit, name):
+    runs = {"ours": fit(WRONG[name]), "math": fit(train_gpt.math_attention)}
+    assert any("PyTorch MATH: a gradient differs by" in reason for reason in train_gpt.unequal(runs, torch.float32))
+
+
+def test_the_comparison_needs_something_to_compare_and_a_model_that_learns(compare):
+    status, _, err = compare("ours,cudnn", "--steps", "6")
+    assert status == 1 and err.count("FAILED") == 2
+    assert "there was nothing to compare with" in err and "too little was learned" in err
+    assert compare("ours,cudnn", "--steps", "6", "--no-check")[0] == 0
+
+
+def test_late_losses_are_held_to_half_a_percent(train_gpt):
+    def run(late):
+        return train_gpt.Run(None, [4.0] * 10 + [late] * 50, first_gradients=[torch.ones(1)])
+
+    def failed(late):
+        return train_gpt.unequal({"ours": run(2.0), "flash": run(2.0), "math": run(late)}, torch.bfloat16)
+
+    assert failed(2.009) == failed(1.991) == []
+    for late in (2.011, 1.989, float("nan")):
+        (reason,) = failed(late)
+        assert reason.startswith("PyTorch MATH: the mean loss of the last 50 steps differs by")
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_every_name_runs_its_own_kernel(train_gpt, fit, backend):
+    operators = {
+        "ours": "flash_attn_plus::fwd",
+        "flash": "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "math": "aten::_scaled_dot_product_attention_math",
+    }
+    if backend is not None:
+        del operators["math"]  # decomposed when it is traced
+    for name, operator in operators.items():
+        torch._dynamo.reset()
+        compiled = None if backend is None else train_gpt.CountingBackend(backend)
+        # What surrounds the call must not matter.
+        with sdpa_kernel(SDPBackend.MATH), torch.profiler.profile() as profile:
+            fit(train_gpt.IMPLEMENTATIONS[name][1], backend=compiled)
+        seen = {event.key for event in profile.key_averages()}
+        assert seen & set(operators.values()) == {operator}
+
+
+@pytest.fixture
+def pack_documents(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("pack_documents")
+
+
+FEW = "--device cpu --steps 3 --documents 4 --context 80 --layers 2 --heads 2 --kv-heads 1 --dim 32"
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", "1.0e-05"), ("bfloat16", "7.8e-03")])
+def test_packed_and_padded_documents_have_the_same_losses(dtype, tolerance):
+    done = _python(str(EXAMPLES / "pack_documents.py"), *FEW.split(), "--dtype", dtype)
+    assert done.returncode == 0, done.stderr
+    facts = dict(re.findall(r"^  (\S.*?)  +(\S.*)$", done.stdout, re.MULTILINE))
+    assert facts["tolerance"] == f"{tolerance} ({dtype})"
+    assert float(facts["largest difference"].split()[0]) < float(tolerance) / 5
+    assert 0 < int(facts["padding"].split("%")[0]) < 100
+    assert all("tokens/s" in facts[name] for name in ("packed", "padded"))
+    assert done.stdout.endswith("passed: packed and padded documents have the same losses\n")
+
+
+def _borders_moved(q, k, v, cu_seqlens, max_seqlen):
+    """Each document sees the last character of the one before it."""
+    cu_seqlens = torch.cat((cu_seqlens[:1], cu_seqlens[1:-1] - 1, cu_seqlens[-1:]))
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen + 1, max_seqlen + 1, causal=True)
+
+
+WRONGLY_PACKED = {
+    "borders moved": _borders_moved,
+    "no borders": lambda q, k, v, *layout: flash_attn_func(q[None], k[None], v[None], causal=True)[0],
+    "not causal": lambda q, k, v, c, m: flash_attn_varlen_func(q, k, v, c, c, m, m),
+    "not a number": lambda q, k, v, *layout: q * torch.nan,
+}
+
+
+@pytest.mark.parametrize("name", WRONGLY_PACKED)
+def test_documents_that_see_each_other_are_caught(pack_documents, monkeypatch, capsys, name):
+    monkeypatch.setattr(pack_documents, "packed_attention", WRONGLY_PACKED[name])
+    assert pack_documents.main(FEW.split()) == 1
+    out, err = capsys.readouterr()
+    assert "FAILED: step 1: the losses of a document differ by" in err and "passed" not in out
+
+
+def test_a_gradient_that_only_packing_gets_wrong_is_caught(pack_documents, monkeypatch, capsys):
+    right = pack_documents.packed_attention
+    monkeypatch.setattr(pack_documents, "packed_attention", lambda q, k, v, *layout: right(q, k, v.detach(), *layout))
+    assert pack_documents.main(FEW.split()) == 1
+    assert "FAILED: step 2: the losses of a document differ by" in capsys.readouterr().err
+
+
+def test_documents_are_laid_out_without_loss(pack_documents):
+    documents = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 10]), torch.tensor([11, 12, 13])]
+    packed = pack_documents.pack(documents, torch.device("cpu"))
+    tokens, positions, cu_seqlens, longest = packed.inputs
+    assert tokens.tolist() == [5, 6, 7, 9, 11, 12] and packed.targets.tolist() == [6, 7, 8, 10, 12, 13]
+    assert positions.tolist() == [0, 1, 2, 0, 0, 1] and packed.document.tolist() == [0, 0, 0, 1, 2, 2]
+    assert cu_seqlens.tolist() == [0, 3, 4, 6] and cu_seqlens.dtype == torch.int32 and longest == 3
+    padded = pack_documents.pad(documents, torch.device("cpu"))
+    assert padded.inputs[0].tolist() == [[5, 6, 7], [9, 0, 0], [11, 12, 0]]
+    none = pack_documents.NO_TARGET
+    assert padded.targets.tolist() == [6, 7, 8, 10, none, none, 12, 13, none]
+    assert packed.lengths.tolist() == padded.lengths.tolist() == [3, 1, 2]
+
+
+def test_documents_are_real_and_of_different_lengths(pack_documents, train_gpt):
+    documents = pack_documents.load_documents(1024)
+    lengths = sorted(map(len, documents))
+    assert len(documents) > 1000 and lengths[0] > 1 and lengths[-1] == 1025
+    assert lengths[len(lengths) // 2] < 512
+    texts = ["".join(train_gpt.ALPHABET[i] for i in document.tolist()) for document in documents[:500]]
+    assert sum(text.lstrip().startswith(("def ", "class ")) for text in texts) > 400
+
+
+def test_waits_for_the_gpu_in_packed_steps_fail(pack_documents, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    training = pack_documents.begin(pack_documents.parse(FEW.split()), pack_documents.packed_attention)
+    training.losses = [torch.zeros(4)]
+    with pack_documents.noting_waits(torch.device("cuda"), training.waits):
+        warnings.warn("another warning", stacklevel=1)
+    assert modes == ["warn", "default"] and pack_documents.failures(training, training, torch.float32) == []
+    with pack_documents.noting_waits(torch.device("cuda"), training.waits):
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+    (reason,) = pack_documents.failures(training, training, torch.float32)
+    assert reason.startswith("packed steps made the host wait for the GPU 1 times: ") and "test_examples.py" in reason
 
 
 @pytest.fixture

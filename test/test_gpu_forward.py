@@ -660,11 +660,12 @@ def run_inside_problems() -> None:
             assert (out == 0).all() and (lse == float("-inf")).all()
 
 
-@pytest.mark.parametrize("tool", ["no tool", "compute-sanitizer"])
-def test_nothing_outside_the_tensors_is_touched(tool):
-    """In a process of its own: a fault would fail all tests that follow it. There, every tensor is an allocation."""
+def check_alone(function: Callable[[], None], tool: str) -> None:
+    """Runs a function of a test file under a tool, or under none, in a process of its own: a fault would fail all tests
+    that follow it. There, every tensor is an allocation.
+    """
     here = Path(__file__).parent
-    command = [sys.executable, "-c", f"import {Path(__file__).stem} as tests; tests.run_inside_problems()"]
+    command = [sys.executable, "-c", f"import {function.__module__} as tests; tests.{function.__name__}()"]
     if tool != "no tool":
         path = shutil.which(tool)
         if path is None:
@@ -677,3 +678,8 @@ def test_nothing_outside_the_tensors_is_touched(tool):
     }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("tool", ["no tool", "compute-sanitizer"])
+def test_nothing_outside_the_tensors_is_touched(tool):
+    check_alone(run_inside_problems, tool)

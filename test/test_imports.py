@@ -44,15 +44,18 @@ FLOORS = {
     ),
     "kernels.backward": Floor(
         "kernels.arguments kernels.backward_kv kernels.backward_options kernels.backward_q kernels.launch"
-        " kernels.tiles plan strides schemas"
+        " kernels.statistics kernels.tiles plan strides schemas"
     ),
-    "kernels.backward_q": Floor("kernels.scores kernels.tiles", outside="triton"),
-    "kernels.backward_kv": Floor("kernels.scores kernels.tiles", outside="triton"),
-    "kernels.backward_options": Floor("kernels.scores kernels.tiles", outside="triton"),
+    "kernels.backward_q": Floor("kernels.scores kernels.softmax kernels.statistics kernels.tiles", outside="triton"),
+    "kernels.backward_kv": Floor("kernels.scores kernels.statistics kernels.tiles", outside="triton"),
+    "kernels.backward_options": Floor(
+        "kernels.scores kernels.softmax kernels.statistics kernels.tiles", outside="triton"
+    ),
     "kernels.arguments": Floor("kernels.scores kernels.tiles device plan strides schemas"),
     "kernels.launch": Floor("device", outside="torch triton"),
     "kernels.scores": Floor("kernels.softmax", outside="triton"),
     "kernels.softmax": Floor(outside="triton"),
+    "kernels.statistics": Floor(outside="triton"),
     "kernels.tiles": Floor(outside="triton"),
     "kernels.__init__": Floor(outside=""),
     "device": Floor(outside="torch triton"),

@@ -1,8 +1,8 @@
 """Problem -> Plan: the tiles that a kernel runs with. Pure tables, standard library only.
 
 Nothing is tuned at run time: a first call compiles one kernel, and equal calls run equal kernels. ``benchmark/tune.py``
-measures tiles on a device and prints the fastest. ``test/test_compile_gate.py`` compiles FORWARD for its targets, with
-no such device at hand, and holds it to the target's registers and shared memory.
+measures tiles on a device and prints the fastest. ``test/test_compile_gate.py`` compiles both tables for their targets,
+with no such device at hand, and holds them to the target's registers and shared memory.
 """
 
 from __future__ import annotations
@@ -129,34 +129,168 @@ def _backward_row(*tiles: tuple[int, int, int, int] | None) -> BackwardRow:
 # As FORWARD: architecture -> (bytes of an element, columns of a tile) -> tiles without options, and with.
 BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {
     # 16 bits without options: measured on an H100, causal, 16k tokens in sequences of 4096, hidden size 2048. The
-    # others are not measured, and some spill.
+    # others were chosen to compile without spilling, or nearly so.
     "sm_90": {
         (2, 64): (
             _backward_row((64, 64, 4, 3), (64, 64, 4, 3), None, (64, 64, 4, 1)),
-            _backward_row((64, 64, 4, 2), (32, 64, 4, 1), None, (64, 64, 4, 1)),
+            _backward_row((64, 64, 4, 2), (32, 64, 4, 2), None, (64, 64, 4, 1)),
         ),
         (2, 128): (
             _backward_row((128, 64, 8, 3), (32, 64, 4, 3), None, (64, 64, 8, 1)),
-            _backward_row((64, 64, 4, 1), (32, 64, 8, 1), None, (64, 64, 8, 1)),
+            _backward_row((128, 64, 8, 2), (32, 64, 8, 2), None, (64, 64, 8, 1)),
         ),
         (2, 256): (
             _backward_row((128, 32, 8, 3), (32, 128, 8, 3), (64, 128, 8, 2), (32, 32, 4, 1)),
-            _backward_row((64, 32, 8, 1), (32, 64, 8, 1), None, (32, 32, 4, 1)),
+            _backward_row((64, 32, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (64, 32, 4, 1)),
         ),
         (4, 64): (
-            _backward_row((32, 32, 8, 1), (32, 32, 8, 1), None, (32, 32, 8, 1)),
-            _backward_row((32, 32, 8, 1), (32, 32, 8, 1), None, (32, 32, 8, 1)),
+            _backward_row((64, 32, 8, 2), (32, 64, 8, 1), None, (32, 32, 8, 1)),
+            _backward_row((64, 32, 8, 2), (32, 32, 8, 1), None, (32, 32, 8, 1)),
         ),
         (4, 128): (
-            _backward_row((32, 16, 8, 1), (16, 16, 4, 1), None, (16, 16, 4, 1)),
-            _backward_row((32, 16, 8, 1), (16, 16, 4, 1), None, (16, 16, 4, 1)),
+            _backward_row((16, 32, 8, 2), (16, 32, 8, 1), None, (16, 16, 4, 1)),
+            _backward_row((16, 32, 8, 2), (16, 32, 8, 1), None, (16, 16, 4, 1)),
         ),
         (4, 256): (
+            _backward_row((32, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
+            _backward_row((32, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
+        ),
+    },
+    # Not measured: chosen to compile without spilling, or nearly so; on gfx1100 most rows spill.
+    "sm_80": {
+        (2, 64): (
+            _backward_row((64, 64, 4, 2), (64, 64, 4, 2), None, (64, 64, 4, 1)),
+            _backward_row((64, 32, 4, 2), (32, 64, 4, 2), None, (64, 64, 4, 1)),
+        ),
+        (2, 128): (
+            _backward_row((64, 64, 4, 2), (64, 64, 8, 2), None, (64, 64, 8, 1)),
+            _backward_row((64, 64, 8, 2), (64, 64, 8, 2), None, (64, 64, 8, 1)),
+        ),
+        (2, 256): (
+            _backward_row((64, 64, 8, 2), (32, 64, 8, 2), None, (32, 32, 4, 1)),
+            _backward_row((64, 64, 8, 2), (64, 32, 8, 2), None, (32, 32, 4, 1)),
+        ),
+        (4, 64): (
+            _backward_row((64, 32, 8, 2), (32, 64, 8, 1), None, (32, 32, 8, 1)),
+            _backward_row((64, 32, 8, 2), (32, 64, 8, 1), None, (32, 32, 8, 1)),
+        ),
+        (4, 128): (
+            _backward_row((16, 32, 8, 2), (32, 32, 8, 1), None, (16, 16, 4, 1)),
+            _backward_row((16, 32, 8, 2), (32, 32, 8, 1), None, (16, 16, 4, 1)),
+        ),
+        (4, 256): (
+            _backward_row((32, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
+            _backward_row((32, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
+        ),
+    },
+    "sm_86": {
+        (2, 64): (
+            _backward_row((64, 64, 4, 2), (64, 64, 4, 2), None, (64, 64, 4, 1)),
+            _backward_row((64, 32, 4, 2), (32, 64, 4, 1), None, (64, 64, 4, 1)),
+        ),
+        (2, 128): (
+            _backward_row((64, 64, 4, 2), (64, 64, 8, 2), None, (64, 64, 8, 1)),
+            _backward_row((64, 64, 8, 2), (64, 64, 8, 2), None, (64, 64, 8, 1)),
+        ),
+        (2, 256): (
+            _backward_row((64, 32, 8, 1), (32, 64, 8, 1), (32, 128, 8, 1), (32, 32, 4, 1)),
+            _backward_row((64, 32, 8, 1), (32, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
+        ),
+        (4, 64): (
+            _backward_row((64, 32, 8, 2), (32, 64, 8, 1), None, (32, 32, 8, 1)),
+            _backward_row((64, 32, 8, 2), (32, 64, 8, 1), None, (32, 32, 8, 1)),
+        ),
+        (4, 128): (
+            _backward_row((16, 32, 8, 2), (16, 32, 8, 1), None, (16, 16, 4, 1)),
+            _backward_row((16, 32, 8, 2), (16, 32, 8, 1), None, (16, 16, 4, 1)),
+        ),
+        (4, 256): (
+            _backward_row((32, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
+            _backward_row((32, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
+        ),
+    },
+    "sm_100": {
+        (2, 64): (
+            _backward_row((128, 64, 8, 2), (64, 128, 8, 2), None, (64, 64, 4, 1)),
+            _backward_row((128, 64, 8, 2), (32, 64, 4, 2), None, (64, 64, 4, 1)),
+        ),
+        (2, 128): (
+            _backward_row((128, 64, 8, 2), (64, 128, 8, 2), None, (64, 64, 8, 1)),
+            _backward_row((128, 64, 8, 2), (64, 64, 8, 2), None, (64, 64, 8, 1)),
+        ),
+        (2, 256): (
+            _backward_row((128, 32, 8, 2), (32, 64, 8, 2), None, (32, 32, 4, 1)),
+            _backward_row((64, 64, 8, 2), (32, 64, 8, 2), None, (32, 32, 4, 1)),
+        ),
+        # Triton puts some float32 products of 64 rows or more on the matrix unit, which rounds them to TF32.
+        (4, 64): (
+            _backward_row((32, 32, 8, 2), (32, 32, 8, 1), None, (32, 32, 8, 1)),
+            _backward_row((32, 32, 8, 2), (32, 32, 8, 1), None, (32, 32, 8, 1)),
+        ),
+        (4, 128): (
+            _backward_row((16, 32, 8, 2), (16, 32, 8, 1), None, (16, 16, 4, 1)),
+            _backward_row((16, 32, 8, 2), (16, 32, 8, 1), None, (16, 16, 4, 1)),
+        ),
+        (4, 256): (
+            _backward_row((32, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
+            _backward_row((32, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
+        ),
+    },
+    "gfx942": {
+        (2, 64): (
+            _backward_row((128, 64, 4, 1), (64, 128, 4, 1), None, (64, 64, 4, 1)),
+            _backward_row((128, 64, 4, 1), (64, 128, 4, 1), None, (64, 64, 4, 1)),
+        ),
+        (2, 128): (
+            _backward_row((128, 32, 4, 1), (32, 128, 4, 1), None, (32, 32, 4, 1)),
+            _backward_row((128, 32, 4, 1), (32, 128, 4, 1), None, (32, 32, 4, 1)),
+        ),
+        (2, 256): (
+            _backward_row((64, 32, 4, 1), (32, 32, 4, 1), None, (32, 32, 4, 1)),
+            _backward_row((64, 32, 4, 1), (16, 32, 4, 1), None, (32, 32, 4, 1)),
+        ),
+        (4, 64): (
+            _backward_row((64, 32, 4, 1), (32, 64, 4, 1), None, (32, 32, 4, 1)),
+            _backward_row((64, 32, 4, 1), (32, 64, 4, 1), None, (32, 32, 4, 1)),
+        ),
+        (4, 128): (
+            _backward_row((32, 32, 4, 1), (32, 32, 4, 1), None, (16, 16, 4, 1)),
+            _backward_row((32, 32, 4, 1), (16, 32, 4, 1), None, (16, 16, 4, 1)),
+        ),
+        (4, 256): (
+            _backward_row((32, 16, 4, 1), (16, 16, 4, 1), None, (16, 16, 4, 1)),
+            _backward_row((32, 16, 4, 1), (16, 16, 4, 1), None, (16, 16, 4, 1)),
+        ),
+    },
+    "gfx1100": {
+        (2, 64): (
+            _backward_row((64, 32, 4, 1), (16, 64, 4, 1), None, (32, 32, 4, 1)),
+            _backward_row((32, 32, 4, 1), (16, 32, 4, 1), None, (32, 32, 4, 1)),
+        ),
+        (2, 128): (
+            _backward_row((32, 16, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (32, 32, 4, 1)),
+            _backward_row((32, 16, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (32, 32, 4, 1)),
+        ),
+        (2, 256): (
+            _backward_row((16, 16, 4, 1), (16, 32, 8, 1), (16, 64, 8, 1), (16, 16, 4, 1)),
+            _backward_row((16, 16, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+        ),
+        (4, 64): (
             _backward_row((16, 16, 8, 1), (16, 16, 8, 1), None, (16, 16, 8, 1)),
             _backward_row((16, 16, 8, 1), (16, 16, 8, 1), None, (16, 16, 8, 1)),
+        ),
+        (4, 128): (
+            _backward_row((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+            _backward_row((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ),
+        (4, 256): (
+            _backward_row((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+            _backward_row((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
         ),
     },
 }
+BACKWARD["sm_120"] = BACKWARD["sm_86"]
+BACKWARD["gfx90a"] = BACKWARD["gfx942"]
 
 # Anything that Triton compiles for: small enough for the smallest.
 _ANYWHERE = {2: Plan(32, 32, 4, 1), 4: Plan(16, 16, 4, 1)}
@@ -189,7 +323,7 @@ def forward(problem: Problem) -> Plan:
 
 def backward(problem: Problem) -> BackwardRow:
     arch = row_arch(problem.arch)
-    if arch not in BACKWARD:
+    if arch is None:
         tiles = _ANYWHERE[problem.itemsize]
         return BackwardRow(tiles, tiles, None, tiles)
     return BACKWARD[arch][problem.itemsize, max(64, block_dim(problem.head_dim))][problem.options]

@@ -7,10 +7,10 @@ delta = rowsum(dout * out) - dlse:
     dbias = dS before the softcap's slope,  dsink = -sum over rows of exp(sink - lse) * delta
 
 (Dao: "FlashAttention-2", 2023, section 2.3.2). dq and what others need of each row come from programs that own rows
-(backward_q.py), dk and dv from programs that own keys (backward_kv.py), in one pass or in one each; dsink and dbias from
-sums of their own (backward_options.py). Scores are computed anew in each pass; in return nothing is added up atomically:
-reruns are bit-equal, and beside the gradients only four numbers for each row are allocated (statistics.py). Stateless:
-any ``out`` and ``lse`` will do: the global ones of a ring give this block's part.
+(backward_q.py), dk and dv from programs that own keys (backward_kv.py), in one pass or in one each; dsink and dbias
+from sums of their own (backward_options.py). Scores are computed anew in each pass; in return nothing is added up
+atomically: reruns are bit-equal, and beside the gradients only four numbers for each row are allocated (statistics.py).
+Stateless: any ``out`` and ``lse`` will do: the global ones of a ring give this block's part.
 """
 
 from __future__ import annotations
