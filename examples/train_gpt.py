@@ -5,8 +5,8 @@ the two are compared: gradients of the first step, then the loss of every step. 
 three minutes on two CPU cores; on a CUDA machine it uses the GPU. The model is in gpt.py.
 
 With --attention the whole training is compared instead: one after the other, the implementations that it names train
-the same model from the same weights on the same batches, and must end at the same loss. On an H100 this is 500 steps
-in bfloat16, minutes:
+the same model from the same weights on the same batches, and must end at the same loss. On a CUDA machine this is 500
+steps in bfloat16:
 
     python examples/train_gpt.py --attention ours,flash,cudnn
 """

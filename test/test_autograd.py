@@ -429,6 +429,8 @@ def test_private_names_of_pytorch_are_there():
     assert issubclass(autograd._Function, torch.autograd.function._SingleLevelFunction)
     for name in ("_AutoDispatchBelowAutograd", "_any_requires_grad", "_are_functorch_transforms_active"):
         assert hasattr(torch._C, name), name
+    for name in ("_AutoDispatchBelowADInplaceOrView", "_after_ADInplaceOrView_keyset"):
+        assert hasattr(torch._C, name), name
     assert hasattr(torch.autograd.forward_ad, "_set_fwd_grad_enabled")
     assert isinstance(torch.autograd.forward_ad._current_level, int)
     assert callable(autograd._single_level)

@@ -159,7 +159,7 @@ last = "    deterministic: bool = False\\n"
 source = path.read_text().replace(last, last + "    extra_option: float = 0.0\\n")
 exec(compile(source, path, "exec"), schemas.__dict__)
 assert schemas.Variant._fields[-1] == "extra_option"
-for name in ("fwd", "bwd", "varlen_fwd", "varlen_bwd"):
+for name in ("fwd", "bwd", "bwd_into", "varlen_fwd", "varlen_bwd", "varlen_bwd_into"):
     schemas.SCHEMAS[name] = schemas.SCHEMAS[name].replace(") -> ", ", float extra_option=0.0) -> ")
 """
 
@@ -169,13 +169,13 @@ from flash_attn_plus import cpu
 from torch.export import load
 
 seen = []  # what reached the kernels
-for name in ("forward", "backward", "varlen_forward", "varlen_backward"):
+for name in ("forward", "backward", "backward_into", "varlen_forward", "varlen_backward", "varlen_backward_into"):
     def watched(*args, original=getattr(cpu, name)):
         seen.extend(arg.extra_option for arg in args if isinstance(arg, schemas.Variant))
         return original(*args)
     setattr(cpu, name, watched)
 
-for name in ("fwd", "bwd", "varlen_fwd", "varlen_bwd"):
+for name in ("fwd", "bwd", "bwd_into", "varlen_fwd", "varlen_bwd", "varlen_bwd_into"):
     assert getattr(torch.ops.flash_attn_plus, name).default._schema.arguments[-1].name == "extra_option"
 arguments, expected = torch.load(sys.argv[2])
 actual = load(sys.argv[1]).module()(*arguments)
@@ -200,6 +200,14 @@ def gradients(**options):
 seen.clear()
 assert all(map(torch.equal, gradients(), gradients(extra_option=2.5)))
 assert [option for option in seen if option] == [2.5] * (len(seen) // 2) != [], seen
+
+seen.clear()
+with torch.no_grad():
+    out, lse = ops.fwd(q, q, q)
+    given = [torch.empty_like(q) for _ in range(3)]
+    ops.bwd_into(out, q, q, q, out, lse, None, *given, extra_option=2.5)
+    assert all(map(torch.equal, given, ops.bwd(out, q, q, q, out, lse, None, extra_option=2.5)))
+assert seen.count(2.5) >= 2, seen
 
 seen.clear()
 grad = lambda q: torch.func.grad(lambda q: ops.fwd(q, q, q, extra_option=2.5)[0].square().sum())(q)

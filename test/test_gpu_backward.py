@@ -898,6 +898,50 @@ class TestPeakMemory:
         assert results <= peak <= results + 4 * rows
 
 
+PACKED = {
+    "qkv": (fap.flash_attn_qkvpacked_func, (2, 700, 3, 4, 64)),
+    "kv": (fap.flash_attn_kvpacked_func, (2, 700, 2, 4, 64)),
+    "varlen_qkv": (fap.flash_attn_varlen_qkvpacked_func, (1400, 3, 4, 64)),
+    "varlen_kv": (fap.flash_attn_varlen_kvpacked_func, (1400, 2, 4, 64)),
+}
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("name", PACKED)
+class TestPackedInputs:
+    """Their gradient is written as one tensor: the bits of the gradients of three, and the memory of one."""
+
+    @staticmethod
+    def step(name: str, device: str) -> Callable[[], tuple[Tensor, ...]]:
+        function, shape = PACKED[name]
+        generator = torch.Generator(device).manual_seed(0)
+        packed = torch.randn(shape, dtype=BF16, device=device, generator=generator).requires_grad_()
+        q = torch.randn_like(packed.detach().select(-3, 0), memory_format=torch.contiguous_format).requires_grad_()
+        leaves = (packed,) if "qkv" in name else (q, packed)
+        cu_seqlens = torch.tensor([0, 1, 600, 600, 1390], dtype=torch.int32, device=device)
+        layouts = {"varlen_qkv": (cu_seqlens, 790), "varlen_kv": (cu_seqlens, cu_seqlens, 790, 790)}
+        layout = layouts.get(name, ())
+        dout = torch.randn(q.shape, dtype=BF16, device=device, generator=generator)
+
+        def train() -> tuple[Tensor, ...]:
+            out = function(*leaves, *layout, causal=True)
+            return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+        return train
+
+    def test_equal_to_views(self, name, device, monkeypatch):
+        train = self.step(name, device)
+        first, second = train(), train()
+        monkeypatch.setattr("flash_attn_plus.eager._PLAIN", ())
+        assert same_bits(first, train()) and same_bits(first, second)
+
+    def test_peak_memory(self, name, device):
+        train = self.step(name, device)
+        peak, results = TestPeakMemory.peak(train)
+        rows = 2 * 700 * 4
+        assert results <= peak <= results + 4 * 5 * rows + 4096  # log-sum-exp and statistics
+
+
 @pytest.mark.parametrize(
     "field, values",
     [

@@ -27,17 +27,19 @@ class Floor(NamedTuple):
 
 # From the roof down. A new file needs a row; a row that needs more than it has is a change of the architecture.
 FLOORS = {
-    "__init__": Floor("interface padding", outside=""),
+    "__init__": Floor("autocast autograd flops interface padding vmap", outside=""),
     "interface": Floor("eager library schemas", on_call="reference"),
-    "eager": Floor("library schemas"),
+    "eager": Floor("autocast autograd library schemas"),
     "autograd": Floor("library states schemas"),
     "autocast": Floor("library"),
     "vmap": Floor("library schemas"),
-    "library": Floor("checks device native schemas", on_call="autograd autocast vmap flops"),
-    "flops": Floor("schemas"),
-    "cpu": Floor("checks native rowblocks states strides schemas"),
-    "gpu": Floor("device plan rowblocks states schemas", on_call="kernels.arguments kernels.backward kernels.forward"),
-    "anywhere": Floor("checks rowblocks states schemas"),
+    "flops": Floor("library schemas"),
+    "library": Floor("checks device native schemas"),
+    "cpu": Floor("checks into native rowblocks states strides schemas"),
+    "gpu": Floor(
+        "device into plan rowblocks states schemas", on_call="kernels.arguments kernels.backward kernels.forward"
+    ),
+    "anywhere": Floor("checks into rowblocks states schemas"),
     "kernels.forward": Floor(
         "kernels.arguments kernels.launch kernels.scores kernels.softmax kernels.tiles device plan strides schemas",
         outside="torch triton",
@@ -65,6 +67,7 @@ FLOORS = {
     "native": Floor(),
     "reference": Floor("schemas"),  # the oracle shares no code with what it judges
     "checks": Floor("schemas"),
+    "into": Floor(),
     "states": Floor(),
     "strides": Floor(),
     "philox": Floor("schemas"),

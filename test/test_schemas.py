@@ -15,7 +15,8 @@ import flash_attn_plus  # noqa: F401  (registers the schemas)
 from flash_attn_plus import schemas
 from flash_attn_plus.schemas import SCHEMAS, Variant, Varlen
 
-ATTENTION = ["fwd", "bwd", "varlen_fwd", "varlen_bwd"]
+ATTENTION = ["fwd", "bwd", "bwd_into", "varlen_fwd", "varlen_bwd", "varlen_bwd_into"]
+VARLEN = [name for name in ATTENTION if name.startswith("varlen")]
 NEEDS = {"need_dq": True, "need_dkv": True, "need_dbias": True}
 
 
@@ -30,7 +31,7 @@ def defaults(name: str) -> dict[str, object]:
 
 def one_argument_a_line(name: str) -> str:
     arguments, results = str(registered(name)).split(" -> ")
-    return arguments.replace("(", "(\n", 1).replace(", ", ",\n").replace(")", f"\n) -> {results}")
+    return f"{arguments[:-1]}\n) -> {results}".replace("(", "(\n", 1).replace(", ", ",\n", arguments.count(", "))
 
 
 class TestSnapshots:
@@ -45,10 +46,12 @@ class TestSnapshots:
             """\
 flash_attn_plus::_cpu_forward
 flash_attn_plus::bwd
+flash_attn_plus::bwd_into
 flash_attn_plus::combine
 flash_attn_plus::fwd
 flash_attn_plus::merge_states
 flash_attn_plus::varlen_bwd
+flash_attn_plus::varlen_bwd_into
 flash_attn_plus::varlen_fwd""",
         )
 
@@ -174,6 +177,76 @@ bool need_dbias=True
 ) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink, Tensor dbias)""",
         )
 
+    def test_bwd_into(self) -> None:
+        assert_expected_inline(
+            one_argument_a_line("bwd_into"),
+            """\
+flash_attn_plus::bwd_into(
+Tensor dout,
+Tensor q,
+Tensor k,
+Tensor v,
+Tensor out,
+Tensor lse,
+Tensor? dlse,
+Tensor(a!)? dq,
+Tensor(b!)? dk,
+Tensor(c!)? dv,
+float? softmax_scale=None,
+bool causal=False,
+SymInt window_left=-1,
+SymInt window_right=-1,
+SymInt? diagonal=None,
+float softcap=0.,
+Tensor? alibi_slopes=None,
+Tensor? attn_bias=None,
+Tensor? sink=None,
+float dropout_p=0.,
+Tensor? rng_state=None,
+bool deterministic=False,
+bool need_dbias=True
+) -> (Tensor dsink, Tensor dbias)""",
+        )
+
+    def test_varlen_bwd_into(self) -> None:
+        assert_expected_inline(
+            one_argument_a_line("varlen_bwd_into"),
+            """\
+flash_attn_plus::varlen_bwd_into(
+Tensor dout,
+Tensor q,
+Tensor k,
+Tensor v,
+Tensor out,
+Tensor lse,
+Tensor? dlse,
+Tensor(a!)? dq,
+Tensor(b!)? dk,
+Tensor(c!)? dv,
+Tensor cu_seqlens_q,
+Tensor cu_seqlens_k,
+SymInt max_seqlen_q,
+SymInt max_seqlen_k,
+float? softmax_scale=None,
+bool causal=False,
+SymInt window_left=-1,
+SymInt window_right=-1,
+SymInt? diagonal=None,
+float softcap=0.,
+Tensor? alibi_slopes=None,
+Tensor? attn_bias=None,
+Tensor? sink=None,
+float dropout_p=0.,
+Tensor? rng_state=None,
+bool deterministic=False,
+Tensor? seqused_q=None,
+Tensor? seqused_k=None,
+Tensor? leftpad_k=None,
+Tensor? block_table=None,
+bool need_dbias=True
+) -> (Tensor dsink, Tensor dbias)""",
+        )
+
     def test_merge_states(self) -> None:
         assert_expected_inline(
             one_argument_a_line("merge_states"),
@@ -209,11 +282,13 @@ class TestShape:
         assert not [argument.name for argument in registered(name).arguments if argument.kwarg_only]
 
     @pytest.mark.parametrize("name", SCHEMAS)
-    def test_pure(self, name: str) -> None:
-        """No argument is written to, no result is a view of one."""
+    def test_pure_but_for_what_its_name_says(self, name: str) -> None:
+        """No argument is written to but the gradients of ``*_into``; no result is a view of one."""
         schema = registered(name)
-        assert not schema.is_mutable
-        assert not [value.name for value in (*schema.arguments, *schema.returns) if value.alias_info is not None]
+        written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
+        assert written == (["dq", "dk", "dv"] if name.endswith("_into") else [])
+        assert schema.is_mutable == bool(written)
+        assert not [value.name for value in schema.returns if value.alias_info is not None]
 
     @pytest.mark.parametrize("name", SCHEMAS)
     def test_tags(self, name: str) -> None:
@@ -232,7 +307,7 @@ class TestStructuredArguments:
 
     @pytest.mark.parametrize(
         "name, structure",
-        [*((name, Variant) for name in ATTENTION), ("varlen_fwd", Varlen), ("varlen_bwd", Varlen)],
+        [*((name, Variant) for name in ATTENTION), *((name, Varlen) for name in VARLEN)],
     )
     def test_fields_are_arguments(self, name: str, structure: type) -> None:
         names = [argument.name for argument in registered(name).arguments if argument.name in structure._fields]
@@ -244,9 +319,10 @@ class TestStructuredArguments:
     def test_every_option_is_a_field(self, name: str) -> None:
         """Only the gradients that somebody needs are told beside them."""
         others = {n: default for n, default in defaults(name).items() if n not in (*Variant._fields, *Varlen._fields)}
-        assert others == (NEEDS if name.endswith("bwd") else {})
+        needs = {"bwd": list(NEEDS), "into": ["need_dbias"]}.get(name.rpartition("_")[2], [])
+        assert others == {need: NEEDS[need] for need in needs}
 
-    @pytest.mark.parametrize("name", ["varlen_fwd", "varlen_bwd"])
+    @pytest.mark.parametrize("name", VARLEN)
     def test_the_layout_comes_first(self, name: str) -> None:
         names = [argument.name for argument in registered(name).arguments if not argument.has_default_value()]
         assert tuple(names[-4:]) == Varlen._fields[:4]

@@ -4,6 +4,7 @@ The functions below have the names, arguments and results of flash-attn 2.8.3; t
 ``torch.ops.flash_attn_plus.*``, one node each in torch.compile, FX and torch.export.
 """
 
+from . import autocast, autograd, flops, vmap  # noqa: F401  (each tells PyTorch its part of every operator)
 from .interface import (
     explain,
     flash_attn_combine,

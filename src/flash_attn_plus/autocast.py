@@ -8,12 +8,14 @@ must never run under autocast: it would cast inside the products, of a backward 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .library import overload
+from .library import LIBRARY, OPERATORS, overload
 
 _DEVICES = ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1")
 
@@ -22,19 +24,39 @@ def _device_type(key: str) -> str:
     return torch._C._get_privateuse1_backend_name() if key == "PrivateUse1" else key.lower()
 
 
+def _keys(*devices: str) -> torch._C.DispatchKeySet:
+    sets = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}")) for device in devices)
+    return functools.reduce(operator.or_, sets)
+
+
+_ALL_KEYS = _keys(*_DEVICES)
+
+
+def excluded():
+    """A context in which nothing is cast."""
+    return torch._C._ExcludeDispatchKeyGuard(_ALL_KEYS)
+
+
+def casts(x: Tensor) -> bool:
+    """Whether a q, k or v of this kind would be cast now."""
+    kind = x.device.type
+    if kind not in map(_device_type, _DEVICES) or not torch.is_autocast_enabled(kind):
+        return False
+    return x.is_floating_point() and x.dtype not in (torch.float64, torch.get_autocast_dtype(kind))
+
+
 def _kernel(name: str, device: str) -> Callable:
     op = overload(name)
-    autocast_keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
-
-    def cast(tensor: Tensor, device_type: str, dtype: torch.dtype) -> Tensor:
-        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type == device_type
-        return tensor.to(dtype) if eligible else tensor
+    autocast_keys = _keys(device)
 
     def cast_qkv(q, k, v, *rest):
         device_type = _device_type(device)
         dtype = torch.get_autocast_dtype(device_type)
+        # While the keys are still there: without them nothing is cast.
+        qkv = (x.to(dtype) if x.device.type == device_type and casts(x) else x for x in (q, k, v))
+        args = (*qkv, *rest)
         with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
-            return op(*(cast(tensor, device_type, dtype) for tensor in (q, k, v)), *rest)
+            return op(*args)
 
     def leave_as_it_is(*args):
         with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
@@ -43,7 +65,10 @@ def _kernel(name: str, device: str) -> Callable:
     return cast_qkv if name in ("fwd", "varlen_fwd") else leave_as_it_is
 
 
-def register(library: torch.library.Library) -> None:
-    for name in ("fwd", "bwd", "varlen_fwd", "varlen_bwd", "merge_states", "combine"):
+def _register() -> None:
+    for name in OPERATORS:
         for device in _DEVICES:
-            library.impl(name, _kernel(name, device), f"Autocast{device}")
+            LIBRARY.impl(name, _kernel(name, device), f"Autocast{device}")
+
+
+_register()

@@ -245,6 +245,36 @@ def varlen_backward(dout, q, k, v, out, lse, dlse, layout: Varlen, variant: Vari
     _saved(dout, q, v, out, lse, dlse, (q.shape[1], q.shape[0]))
 
 
+def _into(q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> None:
+    """Tensors that receive gradients. That they share no memory with others is the caller's to see to."""
+    for name, grad, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
+        if grad is not None:
+            _expect_shape(name, grad, f"of {name[1]}", *like.shape)
+            _expect_device(name, grad, q)
+            _type(grad.dtype == q.dtype, "{}: expected dtype {} (q's), got {}", name, q.dtype, grad.dtype)
+            _type(grad.layout is torch.strided, "{}: expected a strided tensor, got layout {}", name, grad.layout)
+            for size, stride in zip(grad.shape, grad.stride(), strict=True):
+                _value(
+                    (size <= 1) | (stride != 0),
+                    "{}: expected a place of its own for every element, got shape {} with strides {}",
+                    name,
+                    grad,
+                    grad.stride(),
+                )
+
+
+def dense_backward_into(dout, q, k, v, out, lse, dlse, dq, dk, dv, variant: Variant, need_dbias: bool) -> None:
+    dense_backward(dout, q, k, v, out, lse, dlse, variant)
+    _into(q, k, v, dq, dk, dv)
+
+
+def varlen_backward_into(
+    dout, q, k, v, out, lse, dlse, dq, dk, dv, layout: Varlen, variant: Variant, need_dbias: bool
+) -> None:
+    varlen_backward(dout, q, k, v, out, lse, dlse, layout, variant)
+    _into(q, k, v, dq, dk, dv)
+
+
 def _state(index: str, out: Tensor, lse: Tensor) -> None:
     """One attention state: out (b, s, h, d) with lse (b, h, s), or out (total, h, d) with lse (h, total)."""
     out_name, lse_name = f"out{index}", f"lse{index}"

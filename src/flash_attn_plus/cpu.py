@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, native, rowblocks, states
+from . import checks, into, native, rowblocks, states
 from .schemas import Variant, Varlen, band
 from .strides import contiguous_rows
 
@@ -182,6 +182,10 @@ def varlen_backward(
             run.keys(dk).copy_(of_run[1])
             run.keys(dv).copy_(of_run[2])
     return dq, dk, dv, q.new_empty(0), q.new_empty(0)
+
+
+backward_into = into.copying(backward)
+varlen_backward_into = into.copying(varlen_backward)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:

@@ -1,8 +1,9 @@
 """The public functions' way to the operators: past the dispatcher where all it would do is pass the call on.
 
 Crossing it into kernels written in Python takes longer than everything else that a small call does on the host. It has
-to be crossed while anything listens there: gradients, autocast, a mode, a transform, a tracer, the profiler; and by the
-first call of every signature, which is checked and prepared behind it.
+to be crossed while anything listens there: a mode, a transform, a tracer, the profiler, an autocast that casts; and by
+the first call of every signature, which is checked and prepared behind it. Gradients are recorded on this side: what
+runs is handed to the same autograd class (autograd.py) that the operators have.
 
 Not seen: kernels that another library registers over this one's, and observers of all calls beside torch.profiler
 (ExecutionTraceObserver). Both see every call of the operators themselves.
@@ -17,11 +18,8 @@ import torch.autograd.forward_ad as forward_ad
 import torch.autograd.profiler as profiler
 from torch import Tensor
 
-from . import library
+from . import autocast, autograd, library
 from .schemas import Variant, Varlen
-
-_fwd = library.overload("fwd")
-_varlen_fwd = library.overload("varlen_fwd")
 
 # Private names of PyTorch; test/test_eager.py fails when one goes.
 _DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
@@ -35,31 +33,88 @@ _profiling = torch.autograd._profiler_enabled
 _INFERENCE = _DispatchKeySet(_DispatchKey.BackendSelect)
 _USUAL = _INFERENCE | _DispatchKeySet(_DispatchKey.ADInplaceOrView)
 
+Packed = tuple[Tensor, Tensor | None]  # (qkv, None) or (q, kv): what q, k and v are views of
 
-def _dispatcher_is_idle(args: tuple) -> bool:
-    """Whether the dispatcher would lead these arguments straight to the kernel of their device."""
-    if torch.compiler.is_compiling():
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _only_gradients(x: Tensor) -> bool:
+    """Whether calls with this tensor stay what they are, but for gradients, casts and being watched."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
-    if (torch.is_grad_enabled() and _any_requires_grad(*args)) or forward_ad._current_level >= 0:
-        return False
-    if _any_autocast() or args[0].is_mps:  # MPS has an autocast that the question leaves out
-        return False
-    if _profiling() or profiler._is_profiler_enabled:  # in this thread, in all threads
+    if x.is_mps:  # MPS has an autocast that ``_any_autocast`` leaves out
         return False
     return _included_keys() in (_USUAL, _INFERENCE)
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
-    args = (q, k, v, *variant)
-    run = _shortcut("fwd", args)
-    return _fwd(*args) if run is None else run(q, k, v, variant)
+def _is_watched() -> bool:
+    return _profiling() or profiler._is_profiler_enabled  # in this thread, in all threads
 
 
-def varlen_fwd(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant) -> tuple[Tensor, Tensor]:
-    args = (q, k, v, *layout[:4], *variant, *layout[4:])
-    run = _shortcut("varlen_fwd", args)
-    return _varlen_fwd(*args) if run is None else run(q, k, v, layout, variant)
+def _records(args: tuple) -> bool:
+    return torch.is_grad_enabled() and _any_requires_grad(*args)
 
 
-def _shortcut(name: str, args: tuple) -> Callable | None:
-    return library.recall(name, args) if isinstance(args[0], Tensor) and _dispatcher_is_idle(args) else None
+def _call(run: Callable, structured: tuple):
+    """Kernels never run under autocast."""
+    if _any_autocast():
+        with autocast.excluded():
+            return run(*structured)
+    return run(*structured)
+
+
+class _Backward:
+    """The way to a backward operator, for what autograd calls. Gradients that it writes into are new: no one saved
+    them, and their version is nobody's business.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.op = name, library.overload(name)
+
+    def __call__(self, *args):
+        run = None
+        if _only_gradients(args[0]) and not _records(args) and not _is_watched():
+            run = library.recall(self.name, args)
+        return self.op(*args) if run is None else _call(run, library.parse(self.name, args))
+
+
+class _Forward:
+    """The way to a forward operator."""
+
+    def __init__(self, name: str, classes: autograd.Attention, backward_name: str) -> None:
+        self.name, self.op, self.classes = name, library.overload(name), classes
+        self.backward, self.backward_into = _Backward(backward_name), _Backward(f"{backward_name}_into")
+
+    def __call__(self, args: tuple, structured: tuple, packed: Packed | None):
+        q = args[0]
+        if not (isinstance(q, Tensor) and _only_gradients(q)):
+            return self.op(*args)
+        if _any_autocast() and any(map(autocast.casts, args[:3])):
+            return self.op(*args)
+        run = None if _is_watched() else library.recall(self.name, args)
+        if not _records(args):
+            return self.op(*args) if run is None else _call(run, structured)
+        if packed is not None and all(x is None or x.__class__ in _PLAIN for x in packed):
+            return self.classes.packed.apply(self._past(run), self.backward_into, *packed, None, *args[3:])
+        if run is None:
+            return self.op(*args)
+        return self.classes.separate.apply(self._past(run), self.backward, *args)
+
+    def _past(self, run: Callable | None) -> Callable:
+        """What takes the operator's arguments."""
+        return self.op if run is None else lambda *args: _call(run, library.parse(self.name, args))
+
+
+_fwd = _Forward("fwd", autograd.DENSE, "bwd")
+_varlen_fwd = _Forward("varlen_fwd", autograd.VARLEN, "varlen_bwd")
+
+
+def fwd(q: Tensor, k: Tensor, v: Tensor, variant: Variant, packed: Packed | None = None) -> tuple[Tensor, Tensor]:
+    return _fwd((q, k, v, *variant), (q, k, v, variant), packed)
+
+
+def varlen_fwd(
+    q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant, packed: Packed | None = None
+) -> tuple[Tensor, Tensor]:
+    return _varlen_fwd((q, k, v, *layout[:4], *variant, *layout[4:]), (q, k, v, layout, variant), packed)

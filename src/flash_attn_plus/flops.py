@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.utils import flop_counter
 
+from . import library  # noqa: F401  (defines the operators)
 from .schemas import NAMESPACE
 
 
@@ -53,9 +54,18 @@ def _varlen_backward(dout, q, k, v, out, lse, dlse, *args, **kwargs) -> int:
     )
 
 
-def register() -> None:
+def _varlen_backward_into(dout, q, k, v, out, lse, dlse, dq, dk, dv, *args, **kwargs) -> int:
+    return _varlen_backward(dout, q, k, v, out, lse, dlse, *args)
+
+
+def _register() -> None:
     ops = getattr(torch.ops, NAMESPACE)
     flop_counter.register_flop_formula(ops.fwd)(_forward)
     flop_counter.register_flop_formula(ops.bwd)(_backward)
+    flop_counter.register_flop_formula(ops.bwd_into)(_backward)
     flop_counter.register_flop_formula(ops.varlen_fwd, get_raw=True)(_varlen_forward)
     flop_counter.register_flop_formula(ops.varlen_bwd, get_raw=True)(_varlen_backward)
+    flop_counter.register_flop_formula(ops.varlen_bwd_into, get_raw=True)(_varlen_backward_into)
+
+
+_register()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import device, plan, rowblocks, states
+from . import device, into, plan, rowblocks, states
 from .schemas import Variant, Varlen
 
 combine = states.combine
@@ -62,6 +62,29 @@ def prepare_varlen_backward(dout, q, k, v, out, lse, dlse, layout: Varlen, varia
     return lambda dout, q, k, v, out, lse, dlse, layout, variant, *needs: run(
         dout, q, k, v, out, lse, dlse, variant, *needs, layout
     )
+
+
+def prepare_backward_into(dout, q, k, v, out, lse, dlse, dq, dk, dv, variant: Variant, need_dbias: bool) -> Callable:
+    if why_row_blocks(q):
+        return into.copying(rowblocks.backward)
+    from .kernels.backward import BackwardInto
+
+    return BackwardInto(dout, q, k, v, out, lse, dlse, dq, dk, dv, variant, need_dbias)
+
+
+def prepare_varlen_backward_into(*structured) -> Callable:
+    *tensors, layout, variant, need_dbias = structured
+    if why_row_blocks(tensors[1]):
+        return into.copying(rowblocks.varlen_backward)
+    from .kernels.backward import BackwardInto
+
+    run = BackwardInto(*tensors, variant, need_dbias, layout)
+
+    def call(*structured):
+        *tensors, layout, variant, need_dbias = structured
+        return run(*tensors, variant, need_dbias, layout)
+
+    return call
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:

@@ -126,11 +126,40 @@ def _check_returns(return_attn_probs: bool, return_lse: bool) -> None:
         raise ValueError("return_lse: expected at most one of return_lse and return_attn_probs, got both")
 
 
-def _packed(name: str, packed: Tensor, count: int, axis: int, meaning: str) -> tuple[Tensor, ...]:
-    """Views of q, k, v (or k, v); their gradients come back as one packed tensor."""
+def _parts(name: str, packed: Tensor, count: int, axis: int, meaning: str) -> tuple[Tensor, ...]:
+    """Views of q, k, v (or k, v)."""
     if packed.dim() != axis + 3 or packed.shape[axis] != count:
         raise ValueError(f"{name}: expected shape {meaning}, got {tuple(packed.shape)}")
     return packed.unbind(axis)
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: eager.Packed | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+    attn_bias: Tensor | None,
+    sink: Tensor | None,
+    return_lse: bool,
+) -> Any:
+    _check_returns(return_attn_probs, return_lse)
+    rng_state = _random_state(q, dropout_p)
+    variant = _variant(
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
+        deterministic,
+    )
+    out, lse = eager.fwd(q, k, v, variant, packed)
+    if return_attn_probs:
+        return out, lse, _s_dmask("s_dmask", q, k, variant)
+    return (out, lse) if return_lse else out
 
 
 @_public
@@ -161,16 +190,10 @@ def flash_attn_func(
 
     Shapes: out (batch, seqlen_q, heads, head_dim_v), lse (batch, heads, seqlen_q).
     """
-    _check_returns(return_attn_probs, return_lse)
-    rng_state = _random_state(q, dropout_p)
-    variant = _variant(
-        *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
-        deterministic,
+    return _dense(
+        *(q, k, v, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
+        *(return_attn_probs, attn_bias, sink, return_lse),
     )
-    out, lse = eager.fwd(q, k, v, variant)
-    if return_attn_probs:
-        return out, lse, _s_dmask("s_dmask", q, k, variant)
-    return (out, lse) if return_lse else out
 
 
 def _s_dmask(function: str, q: Tensor, k: Tensor, variant: Variant, *layout: Varlen) -> Tensor:
@@ -208,13 +231,10 @@ def flash_attn_kvpacked_func(
 
     Shapes: out (batch, seqlen_q, heads, head_dim), lse (batch, heads, seqlen_q).
     """
-    k, v = _packed("kv", kv, 2, 2, "(batch, seqlen_k, 2, heads_k, head_dim)")
-    return flash_attn_func(
-        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        return_attn_probs,
-        attn_bias=attn_bias,
-        sink=sink,
-        return_lse=return_lse,
+    k, v = _parts("kv", kv, 2, 2, "(batch, seqlen_k, 2, heads_k, head_dim)")
+    return _dense(
+        *(q, k, v, (q, kv), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
+        *(return_attn_probs, attn_bias, sink, return_lse),
     )
 
 
@@ -242,14 +262,47 @@ def flash_attn_qkvpacked_func(
 
     Shapes: out (batch, seqlen, heads, head_dim), lse (batch, heads, seqlen).
     """
-    q, k, v = _packed("qkv", qkv, 3, 2, "(batch, seqlen, 3, heads, head_dim)")
-    return flash_attn_func(
-        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        return_attn_probs,
-        attn_bias=attn_bias,
-        sink=sink,
-        return_lse=return_lse,
+    q, k, v = _parts("qkv", qkv, 3, 2, "(batch, seqlen, 3, heads, head_dim)")
+    return _dense(
+        *(q, k, v, (qkv, None), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
+        *(return_attn_probs, attn_bias, sink, return_lse),
     )
+
+
+def _layout(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: Any, max_seqlen_k: Any, *options: Tensor | None
+) -> Varlen:
+    return Varlen(cu_seqlens_q, cu_seqlens_k, _length(max_seqlen_q), _length(max_seqlen_k), *options)
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Varlen,
+    packed: eager.Packed | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+    attn_bias: Tensor | None,
+    sink: Tensor | None,
+    return_lse: bool,
+) -> Any:
+    _check_returns(return_attn_probs, return_lse)
+    rng_state = _random_state(q, dropout_p)
+    variant = _variant(
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
+        deterministic,
+    )
+    out, lse = eager.varlen_fwd(q, k, v, layout, variant, packed)
+    if return_attn_probs:
+        return out, lse, _s_dmask("varlen_s_dmask", q, k, variant, layout)
+    return (out, lse) if return_lse else out
 
 
 @_public
@@ -296,18 +349,13 @@ def flash_attn_varlen_func(
     count from the first row of each sequence; attn_bias is broadcastable to
     (batch, heads, max_seqlen_q, max_seqlen_k).
     """
-    _check_returns(return_attn_probs, return_lse)
-    rng_state = _random_state(q, dropout_p)
-    variant = _variant(
-        *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
-        deterministic,
+    layout = _layout(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, leftpad_k, block_table
     )
-    lengths = (_length(max_seqlen_q), _length(max_seqlen_k))
-    layout = Varlen(cu_seqlens_q, cu_seqlens_k, *lengths, seqused_q, seqused_k, leftpad_k, block_table)
-    out, lse = eager.varlen_fwd(q, k, v, layout, variant)
-    if return_attn_probs:
-        return out, lse, _s_dmask("varlen_s_dmask", q, k, variant, layout)
-    return (out, lse) if return_lse else out
+    return _varlen(
+        *(q, k, v, layout, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
+        *(return_attn_probs, attn_bias, sink, return_lse),
+    )
 
 
 @_public
@@ -341,13 +389,11 @@ def flash_attn_varlen_kvpacked_func(
 
     Shapes: out (total_q, heads, head_dim), lse (heads, total_q).
     """
-    k, v = _packed("kv", kv, 2, 1, "(total_k, 2, heads_k, head_dim)")
-    return flash_attn_varlen_func(
-        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal),
-        *(window_size, softcap, alibi_slopes, deterministic, return_attn_probs),
-        attn_bias=attn_bias,
-        sink=sink,
-        return_lse=return_lse,
+    k, v = _parts("kv", kv, 2, 1, "(total_k, 2, heads_k, head_dim)")
+    layout = _layout(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _varlen(
+        *(q, k, v, layout, (q, kv), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
+        *(deterministic, return_attn_probs, attn_bias, sink, return_lse),
     )
 
 
@@ -380,13 +426,11 @@ def flash_attn_varlen_qkvpacked_func(
 
     Shapes: out (total, heads, head_dim), lse (heads, total).
     """
-    q, k, v = _packed("qkv", qkv, 3, 1, "(total, 3, heads, head_dim)")
-    return flash_attn_varlen_func(
-        *(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal),
-        *(window_size, softcap, alibi_slopes, deterministic, return_attn_probs),
-        attn_bias=attn_bias,
-        sink=sink,
-        return_lse=return_lse,
+    q, k, v = _parts("qkv", qkv, 3, 1, "(total, 3, heads, head_dim)")
+    layout = _layout(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return _varlen(
+        *(q, k, v, layout, (qkv, None), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
+        *(deterministic, return_attn_probs, attn_bias, sink, return_lse),
     )
 
 
@@ -483,6 +527,7 @@ def explain(
         if value is None:
             raise ValueError(f"{name}: expected a value beside cu_seqlens_q, got None")
     assert cu_seqlens_k is not None
-    lengths = (_length(max_seqlen_q), _length(max_seqlen_k))
-    layout = Varlen(cu_seqlens_q, cu_seqlens_k, *lengths, seqused_q, seqused_k, leftpad_k, block_table)
+    layout = _layout(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, leftpad_k, block_table
+    )
     return library.explain(q, k, v, variant, layout)

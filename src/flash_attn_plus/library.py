@@ -20,9 +20,9 @@ from torch import Tensor
 from . import checks, device, native
 from .schemas import NAMESPACE, SCHEMAS, Variant, Varlen
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def overload(name: str) -> torch._ops.OpOverload:
@@ -41,6 +41,12 @@ def bind(name: str, args: tuple) -> tuple:
     return args + _DEFAULTS[name][len(args) :]
 
 
+def written_arguments(name: str) -> tuple[int, ...]:
+    """The places of the arguments that an operator writes into."""
+    arguments = overload(name)._schema.arguments
+    return tuple(i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write)
+
+
 def _attention_parser(name: str) -> Callable:
     """All arguments -> the tensors, Varlen where there are offsets, Variant, the needs: what checks and kernels take.
 
@@ -50,7 +56,10 @@ def _attention_parser(name: str) -> Callable:
     names = argument_names(name)
 
     def pick(wanted: Sequence[str]) -> Callable[[tuple], tuple]:
-        return operator.itemgetter(*map(names.index, wanted)) if wanted else lambda args: ()
+        places = [names.index(name) for name in wanted]
+        if len(places) > 1:
+            return operator.itemgetter(*places)
+        return lambda args: tuple([args[i] for i in places])  # of one place, itemgetter makes no tuple
 
     needs = [argument for argument in names if argument.startswith("need_")]
     tensors = [argument for argument in names if argument not in (*Varlen._fields, *Variant._fields, *needs)]
@@ -113,6 +122,12 @@ def _varlen_bwd_results(dout, q, k, v, out, lse, dlse, layout, variant, *needs):
     return _gradients(q, k, v, layout.cu_seqlens_q.shape[0] - 1, variant, *needs)
 
 
+def _bwd_into_results(dout, q, k, v, out, lse, dlse, dq, dk, dv, *rest):
+    *layout, variant, need_dbias = rest
+    batch = layout[0].cu_seqlens_q.shape[0] - 1 if layout else q.shape[0]
+    return _gradients(q, k, v, batch, variant, False, False, need_dbias)[3:]
+
+
 def _merge_states_results(out1, lse1, out2, lse2):
     return (
         out1.new_empty(out1.shape, dtype=torch.promote_types(out1.dtype, out2.dtype)),
@@ -141,9 +156,18 @@ _OPERATORS = {
     "varlen_bwd": _Operator(
         _attention_parser("varlen_bwd"), checks.varlen_backward, _varlen_bwd_results, "varlen_backward"
     ),
+    "bwd_into": _Operator(
+        _attention_parser("bwd_into"), checks.dense_backward_into, _bwd_into_results, "backward_into"
+    ),
+    "varlen_bwd_into": _Operator(
+        _attention_parser("varlen_bwd_into"), checks.varlen_backward_into, _bwd_into_results, "varlen_backward_into"
+    ),
     "merge_states": _Operator(_parse_unchanged, checks.merge_states, _merge_states_results, "merge_states"),
     "combine": _Operator(_parse_unchanged, checks.combine, _combine_results, "combine"),
 }
+
+
+OPERATORS = tuple(_OPERATORS)  # those that users call
 
 
 def parse(name: str, args: tuple) -> tuple:
@@ -254,7 +278,7 @@ def register_device(dispatch_key: str) -> None:
     if dispatch_key in BACKENDS:
         raise ValueError(f"dispatch_key: {dispatch_key!r} is registered already")
     for name in _OPERATORS:
-        _library.impl(name, _device_kernel(name, "gpu"), dispatch_key)
+        LIBRARY.impl(name, _device_kernel(name, "gpu"), dispatch_key)
         _remembered[name].clear()  # what ran there until now
     BACKENDS[dispatch_key] = "gpu"
 
@@ -275,22 +299,15 @@ def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | 
 
 def _register() -> None:
     for name in _OPERATORS:
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _fake(name), lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _fake(name), lib=LIBRARY)
         for key, module in BACKENDS.items():
-            _library.impl(name, _device_kernel(name, module), key)
+            LIBRARY.impl(name, _device_kernel(name, module), key)
 
     def cpu_forward_fake(q, k, v, softmax_scale, left, right, diagonal):
         return _fwd_results(q, k, v, Variant())
 
-    torch.library.register_fake(f"{NAMESPACE}::_cpu_forward", cpu_forward_fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::_cpu_forward", cpu_forward_fake, lib=LIBRARY)
     native.load()
-
-    from . import autocast, autograd, flops, vmap  # they call back into overload() and bind()
-
-    autograd.register(_library)
-    autocast.register(_library)
-    vmap.register(_library)
-    flops.register()
 
 
 _register()

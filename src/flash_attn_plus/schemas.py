@@ -23,8 +23,10 @@ _VARIANT = (
 _LAYOUT = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 _LAYOUT_OPTIONS = "Tensor? seqused_q=None, Tensor? seqused_k=None, Tensor? leftpad_k=None, Tensor? block_table=None"
 _SAVED = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse"
+_INTO = "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv"
 _NEEDS = "bool need_dq=True, bool need_dkv=True, bool need_dbias=True"
 _OUT = "(Tensor out, Tensor lse)"
+_GRADS_OF_OPTIONS = "(Tensor dsink, Tensor dbias)"
 _GRADS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dsink, Tensor dbias)"
 
 SCHEMAS: dict[str, str] = {
@@ -34,6 +36,11 @@ SCHEMAS: dict[str, str] = {
     "varlen_bwd": f"({_SAVED}, {_LAYOUT}, {_VARIANT}, {_LAYOUT_OPTIONS}, {_NEEDS}) -> {_GRADS}",
     "merge_states": f"(Tensor out1, Tensor lse1, Tensor out2, Tensor lse2) -> {_OUT}",
     "combine": f"(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype=None) -> {_OUT}",
+    # The backward into given tensors, of any strides; None where a gradient is not needed.
+    "bwd_into": f"({_SAVED}, {_INTO}, {_VARIANT}, bool need_dbias=True) -> {_GRADS_OF_OPTIONS}",
+    "varlen_bwd_into": (
+        f"({_SAVED}, {_INTO}, {_LAYOUT}, {_VARIANT}, {_LAYOUT_OPTIONS}, bool need_dbias=True) -> {_GRADS_OF_OPTIONS}"
+    ),
     # Implemented by the native library (csrc/) on CPU only; chosen by cpu.py, never called by users.
     "_cpu_forward": (
         "(Tensor q, Tensor k, Tensor v, float softmax_scale, int left, int right, int diagonal) -> "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .library import bind, has_bias_gradient, overload, parse
+from .library import LIBRARY, OPERATORS, bind, has_bias_gradient, overload, parse, written_arguments
 from .schemas import NAMESPACE, Variant
 
 
@@ -128,7 +128,18 @@ def _each(name: str) -> Callable:
     return rule
 
 
-def register(library: torch.library.Library) -> None:
+def _none(name: str) -> Callable:
+    def rule(info, in_dims, *args):
+        raise NotImplementedError(f"flash_attn_plus::{name} writes into its arguments and has no vmap")
+
+    return rule
+
+
+def _register() -> None:
     rules = {"fwd": _fwd, "bwd": _bwd}
-    for name in ("fwd", "bwd", "varlen_fwd", "varlen_bwd", "merge_states", "combine"):
-        torch.library.register_vmap(f"{NAMESPACE}::{name}", rules.get(name) or _each(name), lib=library)
+    for name in OPERATORS:
+        rule = rules.get(name) or (_none(name) if written_arguments(name) else _each(name))
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=LIBRARY)
+
+
+_register()

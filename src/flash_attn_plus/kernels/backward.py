@@ -32,11 +32,11 @@ from .statistics import WIDTH
 _BIAS_PROGRAMS = 512
 
 
-class Backward(Prepared):
+class BackwardInto(Prepared):
     """The backward of arguments of one signature: all that follows from it, decided once. Dense where varlen is None.
 
-    Calling it with checked arguments of that signature returns dq, dk, dv, dsink and dbias; an empty tensor stands for
-    what does not exist or is not needed.
+    Calling it with checked arguments of that signature fills dq, dk and dv, each where it is not None, and returns
+    dsink and dbias; an empty tensor stands for what does not exist or is not needed.
     """
 
     def __init__(
@@ -48,9 +48,10 @@ class Backward(Prepared):
         out: Tensor,
         lse: Tensor,
         dlse: Tensor | None,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
         variant: Variant,
-        need_dq: bool,
-        need_dkv: bool,
         need_dbias: bool,
         varlen: Varlen | None = None,
     ) -> None:
@@ -59,20 +60,17 @@ class Backward(Prepared):
         heads, heads_k = q.shape[-2], k.shape[-2]
         bias = variant.attn_bias
         need_dbias = need_dbias and bias is not None and bias.is_floating_point()
-        nothing = arguments.Result((0,), q.dtype, q.device)
-
-        def result(needed: bool, shape: tuple[int, ...], dtype: torch.dtype) -> arguments.Result:
-            return arguments.Result(shape, dtype, q.device) if needed else nothing
-
-        self.dq = result(need_dq, q.shape, q.dtype)
-        self.dk, self.dv = result(need_dkv, k.shape, k.dtype), result(need_dkv, v.shape, v.dtype)
-        self.dsink = result(variant.sink is not None, (batch, heads), torch.float32)
+        self.nothing = arguments.Result((0,), q.dtype, q.device)
+        self.dsink = self.nothing
+        if variant.sink is not None:
+            self.dsink = arguments.Result((batch, heads), torch.float32, q.device)
         self.statistics = arguments.Result((*lse.shape, WIDTH.value), torch.float32, q.device)
         self.copies = not all(map(has_contiguous_rows, (dout, q, k, v, out)))
+        self.copies_back = not all(x is None or has_contiguous_rows(x) for x in (dq, dk, dv))
         self.common = arguments.Common(q, k, variant, varlen)
         of_inputs = tuple(arguments.strides(x) for x in (q, k, v))
         of_dout, of_out = arguments.strides(dout), arguments.strides(out)
-        of_dq, of_dk, of_dv = (arguments.strides(x.new_empty(x.shape, device="meta")) for x in (q, k, v))
+        of_dq, of_dk, of_dv = (None if x is None else arguments.strides(x) for x in (dq, dk, dv))
         self.strides_q = (*of_inputs, of_dout, of_out, of_dq)
         self.strides_kv = (*of_inputs, of_dout, of_dk, of_dv)
         self.strides_bias = (*of_inputs, of_dout)
@@ -82,6 +80,7 @@ class Backward(Prepared):
 
         block_d, block_dv = plan.block_dims(q.shape[-1], v.shape[-1])
         plans = plan.backward(arguments.problem(q, v, variant, varlen))
+        of_tensors = [x for x in (*self.strides_q, of_dk, of_dv) if x is not None]
 
         def launch(kernel, programs: int, chosen: plan.Plan, **constants) -> Launch | None:
             if programs == 0:
@@ -94,7 +93,7 @@ class Backward(Prepared):
                 "BLOCK_D": block_d,
                 "BLOCK_DV": block_dv,
                 "PRECISION": arguments.precision(q),
-                "WIDE": arguments.is_wide(variant, 0, *self.strides_q, of_dk, of_dv),
+                "WIDE": arguments.is_wide(variant, 0, *of_tensors),
             }
             options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
             return Launch(kernel, programs, shared | constants, options)
@@ -104,16 +103,16 @@ class Backward(Prepared):
                 return x.shape[0] * -(-x.shape[1] // block)
             return tiles.packed_tiles(x.shape[0], batch, block) if x.shape[0] else 0
 
-        self.need_dq = need_dq
         self.queries = launch(query_gradient_kernel, row_tiles(q, plans.queries.BLOCK_M) * heads, plans.queries)
         self.keys = self.values = self.sink = self.bias = None
-        if need_dkv:
+        own_pass = plans.values is not None
+        if dk is not None or (dv is not None and not own_pass):
             self.keys = launch(key_gradient_kernel, row_tiles(k, plans.keys.BLOCK_N) * heads_k, plans.keys)
-        if need_dkv and plans.values is not None:
+        if dv is not None and own_pass:
             self.values = launch(key_gradient_kernel, row_tiles(k, plans.values.BLOCK_N) * heads_k, plans.values)
         if variant.sink is not None and batch:
             self.sink = Launch(sink_gradient_kernel, batch * heads, {"BLOCK_M": 1024}, {"num_warps": 4})
-        self.dbias = self.dbias_parts = nothing
+        self.dbias = self.dbias_parts = self.nothing
         if need_dbias:
             self._prepare_bias(bias, (batch, heads, *self.common.longest), plans.bias, launch)
 
@@ -147,32 +146,44 @@ class Backward(Prepared):
         out: Tensor,
         lse: Tensor,
         dlse: Tensor | None,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
         variant: Variant,
-        need_dq: bool,
-        need_dkv: bool,
         need_dbias: bool,
         varlen: Varlen | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        dq, dk, dv, dsink = self.dq.empty(), self.dk.empty(), self.dv.empty(), self.dsink.empty()
+    ) -> tuple[Tensor, Tensor]:
+        dsink = self.dsink.empty()
         if self.no_sequences:
-            return dq.zero_(), dk.zero_(), dv.zero_(), dsink, self.dbias.empty().zero_()
+            for grad in (dq, dk, dv):
+                if grad is not None:
+                    grad.zero_()
+            return dsink, self.dbias.empty().zero_()
         if self.copies:
             dout, q, k, v, out = map(contiguous_rows, (dout, q, k, v, out))
+        given = (dq, dk, dv)
+        if self.copies_back:
+            dq, dk, dv = (x if x is None or has_contiguous_rows(x) else x.new_empty(x.shape) for x in given)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         common, statistics = self.common(q, k, variant, varlen), self.statistics.empty()
         if self.queries is not None:
-            of_queries = (q, k, v, dout, out, lse, dlse, statistics, dq if self.need_dq else None)
-            self.queries(of_queries, (*self.strides_q, *common))
+            self.queries((q, k, v, dout, out, lse, dlse, statistics, dq), (*self.strides_q, *common))
+        if self.fills:
+            for grad in (dk, dv):
+                if grad is not None:
+                    grad.zero_()
         if self.keys is not None:
-            if self.fills:
-                dk.zero_(), dv.zero_()
             dv_of_keys = None if self.values is not None else dv
             self.keys((q, k, v, dout, statistics, dk, dv_of_keys), (*self.strides_kv, *common))
         if self.values is not None:
             self.values((q, k, v, dout, statistics, None, dv), (*self.strides_kv, *common))
         if self.sink is not None:
             self.sink((statistics, dsink), common[1:-1])  # neither group nor bias
-        return dq, dk, dv, dsink, self._bias_gradient(q, k, v, dout, statistics, common)
+        if self.copies_back:
+            for to, grad in zip(given, (dq, dk, dv), strict=True):
+                if to is not grad:
+                    to.copy_(grad)
+        return dsink, self._bias_gradient(q, k, v, dout, statistics, common)
 
     def _bias_gradient(self, q, k, v, dout, statistics, common) -> Tensor:
         if self.bias is None:
@@ -181,3 +192,46 @@ class Backward(Prepared):
         parts = self.dbias_parts.empty()
         self.bias((q, k, v, dout, statistics, parts), (*self.strides_bias, *common, *self.bias_tiles))
         return parts if self.dbias_parts is self.dbias else parts.sum(0).to(self.dbias.dtype)
+
+
+class Backward(BackwardInto):
+    """The same into tensors of its own: returns dq, dk, dv, dsink and dbias."""
+
+    def __init__(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        variant: Variant,
+        need_dq: bool,
+        need_dkv: bool,
+        need_dbias: bool,
+        varlen: Varlen | None = None,
+    ) -> None:
+        needed = ((q, need_dq), (k, need_dkv), (v, need_dkv))
+        self.grads = [arguments.Result(x.shape, x.dtype, q.device) if need else None for x, need in needed]
+        like = (torch.empty(x.shape, dtype=x.dtype, device="meta") if need else None for x, need in needed)
+        super().__init__(dout, q, k, v, out, lse, dlse, *like, variant, need_dbias, varlen)
+
+    def run(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        variant: Variant,
+        need_dq: bool,
+        need_dkv: bool,
+        need_dbias: bool,
+        varlen: Varlen | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        grads = [None if grad is None else grad.empty() for grad in self.grads]
+        rest = super().run(dout, q, k, v, out, lse, dlse, *grads, variant, need_dbias, varlen)
+        return *(self.nothing.empty() if grad is None else grad for grad in grads), *rest
