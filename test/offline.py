@@ -76,7 +76,15 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
+# What PyTorch's launcher was told to launch: (a letter for the type of each argument, arguments).
+launched: list[tuple[str, tuple]] = []
+
+
 def install(arch: str) -> None:
+    def launch(function, x, y, z, warps, shared, letters, arguments, stream) -> None:
+        launched.append((letters, arguments))
+
+    device.static_launcher = lambda: launch if arch.startswith("sm_") else None
     triton.runtime.driver.set_active(_Driver(target_of(arch)))
     device.architecture = lambda _: arch
     device.has_tf32 = lambda _: arch.startswith("sm_")
@@ -106,6 +114,12 @@ def measure(compiled) -> Compiled:
         re.search(r"C75(10|11|12)", log) is not None,
         _chained(compiled),
     )
+
+
+def parameters(compiled) -> str:
+    """The types of what a kernel takes, in the letters of PyTorch's launcher; "O" for all of 64 bits."""
+    entry = re.search(r"\.entry \w+\((.*?)\)", compiled.asm["ptx"], re.DOTALL)[1]
+    return "".join({"u64": "O", "u32": "i", "f32": "f"}[kind] for kind in re.findall(r"\.param \.(\w+)", entry))
 
 
 def _measure_amd(compiled) -> Compiled:

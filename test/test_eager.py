@@ -52,8 +52,8 @@ class Spy:
 def crossings(monkeypatch) -> Spy:
     spy = Spy(eager._fwd.op)
     monkeypatch.setattr(eager._fwd, "op", spy)
-    for remembered in library._remembered.values():
-        remembered.clear()
+    for memory in library._memories.values():
+        memory.clear()
     return spy
 
 
@@ -136,7 +136,7 @@ class TestGradients:
         assert set(kernels) == {"forward", "backward"}  # of packed sequences: of each run of equal lengths too
         ran = list(kernels)
         way = eager._fwd if function is dense else eager._varlen_fwd
-        for part in (way, way.backward):
+        for part in (way, way.way.backward):
             monkeypatch.setattr(part, "op", None)
         assert all(map(torch.equal, first, self.step(function)))
         assert kernels == ran * 2

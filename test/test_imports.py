@@ -34,7 +34,8 @@ FLOORS = {
     "autocast": Floor("library"),
     "vmap": Floor("library schemas"),
     "flops": Floor("library schemas"),
-    "library": Floor("checks device native schemas"),
+    "library": Floor("checks memory native schemas"),
+    "memory": Floor("device"),
     "cpu": Floor("checks into native rowblocks states strides schemas"),
     "gpu": Floor(
         "device into plan rowblocks states schemas", on_call="kernels.arguments kernels.backward kernels.forward"

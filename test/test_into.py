@@ -254,8 +254,8 @@ class TestPacked:
     @pytest.mark.parametrize("times", [1, 2])
     def test_equal_to_views(self, name: str, times: int, one_by_one) -> None:
         """In the first call, which goes through the dispatcher, and in the second, which need not."""
-        for remembered in library._remembered.values():
-            remembered.clear()
+        for memory in library._memories.values():
+            memory.clear()
         for _ in range(times):
             sink = torch.randn(2, generator=torch.Generator().manual_seed(1)).requires_grad_()
             actual = self.gradients(name, sink=sink)
@@ -266,8 +266,8 @@ class TestPacked:
         """One tensor for all of them, and no copy: the class for packed inputs writes into views of what it returns."""
         written = []
         backward_into = "backward_into" if name in ("qkv", "kv") else "varlen_backward_into"
-        for remembered in library._remembered.values():
-            remembered.clear()
+        for memory in library._memories.values():
+            memory.clear()
 
         def spy(*structured):
             written.append(structured[7:10])

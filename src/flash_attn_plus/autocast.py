@@ -29,6 +29,7 @@ def _keys(*devices: str) -> torch._C.DispatchKeySet:
     return functools.reduce(operator.or_, sets)
 
 
+_TYPES = frozenset(device.lower() for device in _DEVICES)
 _ALL_KEYS = _keys(*_DEVICES)
 
 
@@ -40,9 +41,13 @@ def excluded():
 def casts(x: Tensor) -> bool:
     """Whether a q, k or v of this kind would be cast now."""
     kind = x.device.type
-    if kind not in map(_device_type, _DEVICES) or not torch.is_autocast_enabled(kind):
+    if kind not in _TYPES and kind != _device_type("PrivateUse1"):
         return False
-    return x.is_floating_point() and x.dtype not in (torch.float64, torch.get_autocast_dtype(kind))
+    return (
+        torch.is_autocast_enabled(kind)
+        and x.is_floating_point()
+        and x.dtype not in (torch.float64, torch.get_autocast_dtype(kind))
+    )
 
 
 def _kernel(name: str, device: str) -> Callable:

@@ -10,7 +10,6 @@ The private names of PyTorch that this needs stand in one block; test/test_autog
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,8 +18,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import states
-from .library import LIBRARY, argument_names, bind, has_bias_gradient, overload, written_arguments
-from .schemas import SCHEMAS
+from .library import LIBRARY, bind, flatten, has_bias_gradient, overload, parse, written_arguments
+from .schemas import SCHEMAS, Variant
 
 _Function = torch.autograd.function._SingleLevelFunction
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -54,120 +53,163 @@ def _named(function: type, name: str) -> type:
     return type(function)(f"FlashAttnPlus_{name}", (function,), {})
 
 
-class Attention(NamedTuple):
-    """The autograd classes of a pair of operators.
-
-    Both are applied to (what runs forward, what runs backward, *arguments of the forward operator): the operators
-    themselves, or what goes past the dispatcher in their place (eager.py).
+class Way(NamedTuple):
+    """What runs backward: the operators themselves, or what goes past the dispatcher in their place (eager.py). Both
+    take structured arguments (library.parse).
     """
 
+    backward: Callable
+    backward_into: Callable
+
+
+class Attention(NamedTuple):
+    """The autograd classes of a pair of operators, applied by ``apply``."""
+
+    # Applied to: what runs forward, a Way, structured arguments, their skeleton, their tensors.
     separate: type
-    # Where q, k and v (or k and v) are views of one tensor: that stands in the place of the first of them and None in
-    # that of the last. Its gradient is one tensor too, that the backward operator of given tensors writes into.
+    # The same where q, k and v (or k and v) are views of one tensor, which stands in their place among the tensors. Its
+    # gradient is one tensor too: the backward writes into views of it.
     packed: type
 
 
-def unpack(first: Tensor | None, second: Tensor | None, in_one: bool) -> tuple[Tensor | None, ...]:
-    """qkv alone, or q and kv -> views q, k, v (None of None). The axis of the parts is the one before the heads."""
-
-    def parts(packed: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
-        return (None,) * count if packed is None else packed.unbind(-3)
-
-    return parts(first, 3) if in_one else (first, *parts(second, 2))
+Packed = tuple[Tensor, Tensor | None]  # (qkv, None) or (q, kv)
+Skeleton = tuple[tuple[NamedTuple, tuple[str, ...]], ...]  # what has names; which of these are tensors, left out
 
 
-def pack(q: Tensor, k: Tensor, v: Tensor, in_one: bool) -> tuple[Tensor, Tensor | None]:
-    return (torch.stack((q, k, v), -3), None) if in_one else (q, torch.stack((k, v), -3))
+def apply(
+    classes: Attention, run_forward: Callable, way: Way, structured: tuple, packed: Packed | None = None
+) -> tuple[Tensor, Tensor]:
+    """out, lse of ``run_forward(*structured)``, on the tape."""
+    skeleton, options = _take_apart(structured[3:])
+    if packed is None:
+        return classes.separate.apply(run_forward, way, structured, skeleton, *structured[:3], *options)
+    inputs = packed[:1] if packed[1] is None else packed
+    return classes.packed.apply(run_forward, way, structured, skeleton, *inputs, *options)
 
 
-def _attention(forward_name: str, backward_name: str) -> Attention:
-    """The backward takes the forward's arguments, under the same names."""
-    names, backward_names = argument_names(forward_name), argument_names(backward_name)
-    into_names = argument_names(f"{backward_name}_into")
-    slopes_at, bias_at, sink_at = (names.index(name) for name in ("alibi_slopes", "attn_bias", "sink"))
+def _take_apart(named: tuple) -> tuple[Skeleton, list[Tensor]]:
+    """Tensors go on the tape one by one, options too, so that in-place changes of them are noticed."""
+    skeleton, tensors = [], []
+    for part in named:
+        names = tuple([name for name, x in zip(part._fields, part, strict=True) if isinstance(x, Tensor)])
+        if names:
+            tensors += [getattr(part, name) for name in names]
+            part = part._replace(**dict.fromkeys(names))
+        skeleton.append((part, names))
+    return tuple(skeleton), tensors
 
-    def save(ctx, run_backward: Callable, args: tuple, out: Tensor, lse: Tensor) -> None:
-        if ctx.needs_input_grad[2 + slopes_at]:
+
+def _put_together(skeleton: Skeleton, tensors: Sequence[Tensor]) -> list[NamedTuple]:
+    named, rest = [], iter(tensors)
+    for part, names in skeleton:
+        named.append(part._replace(**{name: next(rest) for name in names}) if names else part)
+    return named
+
+
+def _attention(forward_name: str) -> Attention:
+    def save(ctx, way: Way, skeleton: Skeleton, tensors: tuple, out: Tensor, lse: Tensor) -> None:
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.way, ctx.skeleton = way, skeleton
+
+    def of_options(ctx, count: int) -> dict[str, bool]:
+        """Which of the tensors behind the first ``count`` need a gradient."""
+        names = [name for _, names in ctx.skeleton for name in names]
+        return dict(zip(names, ctx.needs_input_grad[4 + count :], strict=True))
+
+    def check_slopes(ctx, count: int) -> None:
+        if of_options(ctx, count).get("alibi_slopes"):
             raise NotImplementedError(
                 "alibi_slopes: expected a tensor that does not require a gradient, got requires_grad=True; "
                 "use attn_bias for a learned bias"
             )
-        # Every tensor goes through save_for_backward, options too: in-place changes are noticed.
-        ctx.tensors_at = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
-        ctx.args = [None if isinstance(arg, Tensor) else arg for arg in args]
-        ctx.save_for_backward(*(args[i] for i in ctx.tensors_at), out, lse)
-        ctx.set_materialize_grads(False)
-        ctx.run_backward = run_backward
 
-    def restore(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple[tuple, dict]:
-        """Which arguments need a gradient; the backward's arguments by name, those it shares with the forward."""
-        *tensors, out, lse = ctx.saved_tensors
-        args = list(ctx.args)
-        for i, tensor in zip(ctx.tensors_at, tensors, strict=True):
-            args[i] = tensor
-        need = ctx.needs_input_grad[2:]
-        if dout is None:  # a loss of the log-sum-exp alone
-            dout = torch.zeros_like(out)
-        given = dict(zip(names, args, strict=True), dout=dout, out=out, lse=lse, dlse=dlse)
-        given["need_dbias"] = need[bias_at] and has_bias_gradient(args[bias_at])
-        return need, given
-
-    def gradients(need: tuple, given: dict, of_qkv: Sequence, dsink: Tensor, dbias: Tensor) -> tuple:
-        grads: list = [None] * len(names)
-        grads[: len(of_qkv)] = (grad if wanted else None for grad, wanted in zip(of_qkv, need, strict=False))
-        if given["need_dbias"]:
-            grads[bias_at] = dbias
-        if need[sink_at]:
-            sink = given["sink"]
+    def gradients(needs: dict[str, bool], variant: Variant, dsink: Tensor | None, dbias: Tensor | None) -> list:
+        """Of all options, in the order of ``needs``."""
+        grads = dict.fromkeys(needs)
+        if needs.get("attn_bias"):
+            grads["attn_bias"] = dbias
+        if needs.get("sink"):
+            sink = variant.sink
             # The operator returns (batch, heads): a sum in there would also sum over what vmap folds in.
-            grads[sink_at] = (dsink if sink.dim() == 2 else dsink.sum(0)).to(sink.dtype)
-        return None, None, *grads
+            grads["sink"] = (dsink if sink.dim() == 2 else dsink.sum(0)).to(sink.dtype)
+        return list(grads.values())
 
     class Separate(_Function):
         @staticmethod
-        def forward(ctx, run_forward, run_backward, *args):
-            out, lse = run_forward(*args)
-            save(ctx, run_backward, args, out, lse)
+        def forward(ctx, run_forward, way, structured, skeleton, *tensors):
+            out, lse = run_forward(*structured)
+            save(ctx, way, skeleton, tensors, out, lse)
+            if len(tensors) > 3:
+                check_slopes(ctx, 3)
             return out, lse
 
         @staticmethod
         def backward(ctx, dout, dlse):
             if dout is None and dlse is None:
                 return (None,) * len(ctx.needs_input_grad)
-            need, given = restore(ctx, dout, dlse)
-            given.update(need_dq=need[0], need_dkv=need[1] or need[2])
-            *of_qkv, dsink, dbias = ctx.run_backward(*(given[name] for name in backward_names))
-            return gradients(need, given, of_qkv, dsink, dbias)
+            q, k, v, *options, out, lse = ctx.saved_tensors
+            if dout is None:  # a loss of the log-sum-exp alone
+                dout = torch.zeros_like(out)
+            named = _put_together(ctx.skeleton, options)
+            _, _, _, _, need_q, need_k, need_v, *_ = ctx.needs_input_grad
+            needs = of_options(ctx, 3) if options else {}
+            need_dbias = needs.get("attn_bias", False) and has_bias_gradient(named[-1].attn_bias)
+            dq, dk, dv, dsink, dbias = ctx.way.backward(
+                dout, q, k, v, out, lse, dlse, *named, need_q, need_k or need_v, need_dbias
+            )
+            grads = (dq if need_q else None, dk if need_k else None, dv if need_v else None)
+            of_variant = gradients(needs, named[-1], dsink, dbias if need_dbias else None) if options else ()
+            return None, None, None, None, *grads, *of_variant
 
         jvp = _no_forward_mode(forward_name)
 
     class Packed(_Function):
         @staticmethod
-        def forward(ctx, run_forward, run_backward, *args):
-            out, lse = run_forward(*unpack(*args[:2], in_one=args[1] is None), *args[3:])
-            save(ctx, run_backward, args, out, lse)
+        def forward(ctx, run_forward, way, structured, skeleton, *tensors):
+            out, lse = run_forward(*structured)
+            save(ctx, way, skeleton, tensors, out, lse)
+            ctx.count = len(tensors) - sum(len(names) for _, names in skeleton)
+            if len(tensors) > ctx.count:
+                check_slopes(ctx, ctx.count)
             return out, lse
 
         @staticmethod
         def backward(ctx, dout, dlse):
             if dout is None and dlse is None:
                 return (None,) * len(ctx.needs_input_grad)
-            need, given = restore(ctx, dout, dlse)
-            packed, in_one = (given["q"], given["k"]), given["k"] is None
-            given.update(zip("qkv", unpack(*packed, in_one), strict=True))
+            count, (*tensors, out, lse) = ctx.count, ctx.saved_tensors
+            if dout is None:
+                dout = torch.zeros_like(out)
+            packed, named = tensors[:count], _put_together(ctx.skeleton, tensors[count:])
+            need, needs = ctx.needs_input_grad[4 : 4 + count], of_options(ctx, count)
+            need_dbias = needs.get("attn_bias", False) and has_bias_gradient(named[-1].attn_bias)
+            saved = (dout, *unpack(packed), out, lse, dlse)
             if torch.is_grad_enabled():  # create_graph: only what an operator returns has a history
-                given.update(need_dq=True, need_dkv=True)
-                *of_qkv, dsink, dbias = overload(backward_name)(*(given[name] for name in backward_names))
-                of_packed = pack(*of_qkv, in_one)
+                *grads, dsink, dbias = ctx.way.backward(*saved, *named, True, True, need_dbias)
+                of_packed = pack(grads, count)
             else:
-                of_packed = [x.new_empty(x.shape) if wanted else None for x, wanted in zip(packed, need, strict=False)]
-                given.update(zip(("dq", "dk", "dv"), unpack(*of_packed, in_one), strict=True))
-                dsink, dbias = ctx.run_backward(*(given[name] for name in into_names))
-            return gradients(need, given, of_packed, dsink, dbias)
+                of_packed = [x.new_empty(x.shape) if wanted else None for x, wanted in zip(packed, need, strict=True)]
+                dsink, dbias = ctx.way.backward_into(*saved, *unpack(of_packed), *named, need_dbias)
+            of_packed = (grad if wanted else None for grad, wanted in zip(of_packed, need, strict=True))
+            of_variant = gradients(needs, named[-1], dsink, dbias if need_dbias else None)
+            return None, None, None, None, *of_packed, *of_variant
 
         jvp = _no_forward_mode(forward_name)
 
     return Attention(_named(Separate, forward_name), _named(Packed, forward_name))
+
+
+def unpack(packed: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """(qkv,) or (q, kv) -> views q, k, v, or None of None. The axis of the parts is the one before the heads."""
+    *whole, last = packed
+    parts = 3 - len(whole)
+    return *whole, *((None,) * parts if last is None else last.unbind(-3))
+
+
+def pack(separate: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+    """Three tensors -> (qkv,) or (q, kv)."""
+    return *separate[: count - 1], torch.stack(separate[count - 1 :], -3)
 
 
 class _MergeStates(_Function):
@@ -268,20 +310,26 @@ def _version_kernel(name: str) -> Callable:
     return kernel
 
 
-DENSE, VARLEN = _attention("fwd", "bwd"), _attention("varlen_fwd", "varlen_bwd")
+DENSE, VARLEN = _attention("fwd"), _attention("varlen_fwd")
 
 
-def _below(name: str) -> Callable:
-    return lambda *args: _call_below(overload(name), args)
+def _attention_kernel(name: str, classes: Attention, backward_name: str) -> Callable:
+    def operator_of(name: str, call: Callable) -> Callable:
+        op = overload(name)
+        return lambda *structured: call(op, flatten(name, structured))
+
+    run_forward = operator_of(name, _call_below)
+    backward, backward_into = (
+        operator_of(n, lambda op, args: op(*args)) for n in (backward_name, f"{backward_name}_into")
+    )
+    way = Way(backward, backward_into)
+    return lambda *args: apply(classes, run_forward, way, parse(name, args))
 
 
 def _register() -> None:
-    def apply_attention(kinds: Attention, forward_name: str, backward_name: str) -> Callable:
-        return functools.partial(kinds.separate.apply, _below(forward_name), overload(backward_name))
-
     applies = {
-        "fwd": apply_attention(DENSE, "fwd", "bwd"),
-        "varlen_fwd": apply_attention(VARLEN, "varlen_fwd", "varlen_bwd"),
+        "fwd": _attention_kernel("fwd", DENSE, "bwd"),
+        "varlen_fwd": _attention_kernel("varlen_fwd", VARLEN, "varlen_bwd"),
         "merge_states": _MergeStates.apply,
         "combine": _Combine.apply,
     }

@@ -32,10 +32,14 @@ def allows_tf32() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+# Without asking whether CUDA is initialized: there is a tensor.
+_current_cuda_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
 def is_current(device: torch.device) -> bool:
     """Whether kernels are launched there now."""
     if device.type == "cuda":
-        return torch.cuda.current_device() == device.index
+        return _current_cuda_device() == device.index
     return device.type == "cpu" or torch.accelerator.current_device_index() == device.index
 
 
@@ -50,6 +54,14 @@ def quick_empty(device: torch.device):
     """
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     return getattr(guards, f"_empty_strided_{device.type}", None)
+
+
+def static_launcher():
+    """PyTorch's launcher of compiled Triton kernels: (function, grid of three, warps, shared memory, a letter for the
+    type of each argument, arguments, stream). None where PyTorch has none, or one for other devices.
+    """
+    launcher = getattr(torch._C, "_StaticCudaLauncher", None) if torch.version.cuda else None
+    return getattr(launcher, "_launch_kernel", None)
 
 
 @functools.cache

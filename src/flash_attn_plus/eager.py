@@ -33,10 +33,11 @@ _profiling = torch.autograd._profiler_enabled
 _INFERENCE = _DispatchKeySet(_DispatchKey.BackendSelect)
 _USUAL = _INFERENCE | _DispatchKeySet(_DispatchKey.ADInplaceOrView)
 
-Packed = tuple[Tensor, Tensor | None]  # (qkv, None) or (q, kv): what q, k and v are views of
-
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+Packed = autograd.Packed
 
 
 def _only_gradients(x: Tensor) -> bool:
@@ -56,12 +57,16 @@ def _records(args: tuple) -> bool:
     return torch.is_grad_enabled() and _any_requires_grad(*args)
 
 
-def _call(run: Callable, structured: tuple):
+def _without_autocast(run: Callable) -> Callable:
     """Kernels never run under autocast."""
-    if _any_autocast():
+    if not _any_autocast():
+        return run
+
+    def call(*structured):
         with autocast.excluded():
             return run(*structured)
-    return run(*structured)
+
+    return call
 
 
 class _Backward:
@@ -72,11 +77,11 @@ class _Backward:
     def __init__(self, name: str) -> None:
         self.name, self.op = name, library.overload(name)
 
-    def __call__(self, *args):
-        run = None
+    def __call__(self, *structured):
+        args, run = library.flatten(self.name, structured), None
         if _only_gradients(args[0]) and not _records(args) and not _is_watched():
             run = library.recall(self.name, args)
-        return self.op(*args) if run is None else _call(run, library.parse(self.name, args))
+        return self.op(*args) if run is None else _without_autocast(run)(*structured)
 
 
 class _Forward:
@@ -84,26 +89,26 @@ class _Forward:
 
     def __init__(self, name: str, classes: autograd.Attention, backward_name: str) -> None:
         self.name, self.op, self.classes = name, library.overload(name), classes
-        self.backward, self.backward_into = _Backward(backward_name), _Backward(f"{backward_name}_into")
+        self.way = autograd.Way(_Backward(backward_name), _Backward(f"{backward_name}_into"))
 
     def __call__(self, args: tuple, structured: tuple, packed: Packed | None):
-        q = args[0]
-        if not (isinstance(q, Tensor) and _only_gradients(q)):
+        if not (isinstance(args[0], Tensor) and _only_gradients(args[0])):
             return self.op(*args)
-        if _any_autocast() and any(map(autocast.casts, args[:3])):
+        if _any_autocast() and any(autocast.casts(x) for x in args[:3]):
             return self.op(*args)
         run = None if _is_watched() else library.recall(self.name, args)
         if not _records(args):
-            return self.op(*args) if run is None else _call(run, structured)
-        if packed is not None and all(x is None or x.__class__ in _PLAIN for x in packed):
-            return self.classes.packed.apply(self._past(run), self.backward_into, *packed, None, *args[3:])
+            return self.op(*args) if run is None else _without_autocast(run)(*structured)
+        if packed is not None and not all(x is None or x.__class__ in _PLAIN for x in packed):
+            packed = None
         if run is None:
-            return self.op(*args)
-        return self.classes.separate.apply(self._past(run), self.backward, *args)
+            if packed is None:
+                return self.op(*args)
+            return autograd.apply(self.classes, self._operator, self.way, structured, packed)
+        return autograd.apply(self.classes, _without_autocast(run), self.way, structured, packed)
 
-    def _past(self, run: Callable | None) -> Callable:
-        """What takes the operator's arguments."""
-        return self.op if run is None else lambda *args: _call(run, library.parse(self.name, args))
+    def _operator(self, *structured):
+        return self.op(*library.flatten(self.name, structured))
 
 
 _fwd = _Forward("fwd", autograd.DENSE, "bwd")

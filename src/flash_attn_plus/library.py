@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, device, native
+from . import checks, native
+from .memory import Memory, signature
 from .schemas import NAMESPACE, SCHEMAS, Variant, Varlen
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -77,6 +79,22 @@ def _attention_parser(name: str) -> Callable:
         return *pick_tensors(args), layout, variant, *pick_needs(args)
 
     return parse_varlen
+
+
+def _attention_flattener(name: str) -> Callable:
+    """The way back: what the parser returns -> all arguments."""
+    names = argument_names(name)
+    needs = [argument for argument in names if argument.startswith("need_")]
+    tensors = [argument for argument in names if argument not in (*Varlen._fields, *Variant._fields, *needs)]
+    parts = (Varlen._fields, Variant._fields) if "cu_seqlens_q" in names else (Variant._fields,)
+    order = [*tensors, *itertools.chain(*parts), *needs]
+    arrange, count = operator.itemgetter(*map(order.index, names)), len(tensors)
+
+    def flatten(*structured) -> tuple:
+        end = count + len(parts)
+        return arrange((*structured[:count], *itertools.chain(*structured[count:end]), *structured[end:]))
+
+    return flatten
 
 
 def _parse_unchanged(*args):
@@ -142,6 +160,14 @@ def _combine_results(out_partial, lse_partial, out_dtype):
     )
 
 
+_flatteners = {name: _attention_flattener(name) for name in SCHEMAS if "Tensor? attn_bias" in SCHEMAS[name]}
+
+
+def flatten(name: str, structured: tuple) -> tuple:
+    """The structured arguments of an attention operator -> all its arguments."""
+    return _flatteners[name](*structured)
+
+
 class _Operator(NamedTuple):
     parse: Callable
     check: Callable
@@ -191,44 +217,12 @@ def _fake(name: str) -> Callable:
     return fake
 
 
-# Operator -> signature -> what runs, on whatever device the signature names.
-_remembered: dict[str, dict[tuple, Callable]] = {name: {} for name in _OPERATORS}
-_MOST_REMEMBERED = 4096
-
-_VALUES = frozenset((type(None), bool, int, torch.dtype))
-
-
-def _description(x: Tensor | float) -> tuple:
-    if x.__class__ is float:
-        return (x,)  # not equal to an int of the same value, which the dispatcher would convert, or refuse
-    if x.__class__ is not Tensor and torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python):
-        raise TypeError("its class has a __torch_dispatch__, which must be asked every time")
-    address = x.data_ptr()
-    if address == 0:
-        raise TypeError("no elements, or zeros without memory: the dispatcher tells them apart")
-    # The negative bit: no tensor has it that came to a device through the dispatcher.
-    return x.shape, x.stride(), x.dtype, x.device, address % 16, x.is_neg()
-
-
-def signature(args: tuple) -> tuple | None:
-    """All that checks and the choice of a kernel depend on, of all arguments of a call. Values of tensors are not: they
-    are never read there.
-
-    None where nothing can be remembered: tensors without strides, elements or storage, and what only the dispatcher
-    understands.
-    """
-    try:
-        described = [x if x.__class__ in _VALUES else _description(x) for x in args]
-    except (RuntimeError, TypeError):
-        return None
-    if args[0].dtype is torch.float32:
-        described.append(device.allows_tf32())
-    return tuple(described)
+_memories = {name: Memory() for name in _OPERATORS}
 
 
 def recall(name: str, args: tuple) -> Callable | None:
-    """What ran for a call of this signature that came through the dispatcher; it takes the structured arguments."""
-    return _remembered[name].get(signature(args))
+    """What ran for a call like this that came through the dispatcher; it takes the structured arguments."""
+    return _memories[name].recall(args)
 
 
 def _device_kernel(name: str, module: str) -> Callable:
@@ -238,7 +232,7 @@ def _device_kernel(name: str, module: str) -> Callable:
     all that their signature decides, and returns what then runs in place of ``forward``.
     """
     parse, check, _, attribute = _OPERATORS[name]
-    remembered = _remembered[name]
+    memory = _memories[name]
 
     def prepared(structured: tuple) -> Callable:
         check(*structured)
@@ -249,14 +243,15 @@ def _device_kernel(name: str, module: str) -> Callable:
     def kernel(*args):
         args = bind(name, args)
         structured, of_call = parse(*args), signature(args)
-        run = remembered.get(of_call)
+        run = memory.find(of_call)
         if run is None:
             run = prepared(structured)
-            if len(remembered) >= _MOST_REMEMBERED:
-                remembered.clear()
-            if of_call is not None and all(x == x for x in args if x.__class__ is float):  # NaN is never found again
-                remembered[of_call] = run
-        return run(*structured)
+            memory.keep(of_call, args, run)
+        results = run(*structured)
+        if all(x is not None for x in results):
+            return results
+        q = structured[1]  # of a backward: only there may results be missing
+        return tuple([q.new_empty(0) if x is None else x for x in results])
 
     return kernel
 
@@ -279,7 +274,7 @@ def register_device(dispatch_key: str) -> None:
         raise ValueError(f"dispatch_key: {dispatch_key!r} is registered already")
     for name in _OPERATORS:
         LIBRARY.impl(name, _device_kernel(name, "gpu"), dispatch_key)
-        _remembered[name].clear()  # what ran there until now
+        _memories[name].clear()  # what ran there until now
     BACKENDS[dispatch_key] = "gpu"
 
 

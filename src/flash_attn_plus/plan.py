@@ -159,16 +159,16 @@ BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {
     # Not measured: chosen to compile without spilling, or nearly so; on gfx1100 most rows spill.
     "sm_80": {
         (2, 64): (
-            _backward_row((64, 64, 4, 2), (64, 64, 4, 2), None, (64, 64, 4, 1)),
-            _backward_row((64, 32, 4, 2), (32, 64, 4, 2), None, (64, 64, 4, 1)),
+            _backward_row((64, 64, 4, 2), (64, 64, 4, 2), None, (32, 64, 8, 1)),
+            _backward_row((64, 32, 4, 2), (32, 64, 4, 2), None, (32, 64, 8, 1)),
         ),
         (2, 128): (
-            _backward_row((64, 64, 4, 2), (64, 64, 8, 2), None, (64, 64, 8, 1)),
-            _backward_row((64, 64, 8, 2), (64, 64, 8, 2), None, (64, 64, 8, 1)),
+            _backward_row((64, 64, 4, 2), (64, 64, 8, 2), None, (32, 64, 8, 1)),
+            _backward_row((64, 64, 8, 2), (64, 64, 8, 2), None, (32, 64, 8, 1)),
         ),
         (2, 256): (
-            _backward_row((64, 64, 8, 2), (32, 64, 8, 2), None, (32, 32, 4, 1)),
-            _backward_row((64, 64, 8, 2), (64, 32, 8, 2), None, (32, 32, 4, 1)),
+            _backward_row((64, 64, 8, 2), (32, 64, 8, 2), None, (32, 64, 8, 1)),
+            _backward_row((64, 64, 8, 2), (64, 32, 8, 2), None, (32, 64, 8, 1)),
         ),
         (4, 64): (
             _backward_row((64, 32, 8, 2), (32, 64, 8, 1), None, (32, 32, 8, 1)),
@@ -185,16 +185,16 @@ BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {
     },
     "sm_86": {
         (2, 64): (
-            _backward_row((64, 64, 4, 2), (64, 64, 4, 2), None, (64, 64, 4, 1)),
-            _backward_row((64, 32, 4, 2), (32, 64, 4, 1), None, (64, 64, 4, 1)),
+            _backward_row((64, 64, 4, 2), (64, 64, 4, 2), None, (32, 64, 8, 1)),
+            _backward_row((64, 32, 4, 2), (32, 64, 4, 1), None, (32, 64, 8, 1)),
         ),
         (2, 128): (
-            _backward_row((64, 64, 4, 2), (64, 64, 8, 2), None, (64, 64, 8, 1)),
-            _backward_row((64, 64, 8, 2), (64, 64, 8, 2), None, (64, 64, 8, 1)),
+            _backward_row((64, 64, 4, 2), (64, 64, 8, 2), None, (32, 64, 8, 1)),
+            _backward_row((64, 64, 8, 2), (64, 64, 8, 2), None, (32, 64, 8, 1)),
         ),
         (2, 256): (
-            _backward_row((64, 32, 8, 1), (32, 64, 8, 1), (32, 128, 8, 1), (32, 32, 4, 1)),
-            _backward_row((64, 32, 8, 1), (32, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
+            _backward_row((64, 32, 8, 1), (32, 64, 8, 1), (32, 128, 8, 1), (32, 64, 8, 1)),
+            _backward_row((64, 32, 8, 1), (32, 64, 8, 1), (64, 64, 8, 1), (32, 64, 8, 1)),
         ),
         (4, 64): (
             _backward_row((64, 32, 8, 2), (32, 64, 8, 1), None, (32, 32, 8, 1)),
@@ -206,7 +206,7 @@ BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {
         ),
         (4, 256): (
             _backward_row((32, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
-            _backward_row((32, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
+            _backward_row((16, 16, 8, 2), (16, 32, 8, 1), None, (16, 16, 8, 1)),
         ),
     },
     "sm_100": {
@@ -219,8 +219,8 @@ BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {
             _backward_row((128, 64, 8, 2), (64, 64, 8, 2), None, (64, 64, 8, 1)),
         ),
         (2, 256): (
-            _backward_row((128, 32, 8, 2), (32, 64, 8, 2), None, (32, 32, 4, 1)),
-            _backward_row((64, 64, 8, 2), (32, 64, 8, 2), None, (32, 32, 4, 1)),
+            _backward_row((128, 32, 8, 2), (32, 64, 8, 2), None, (64, 32, 8, 1)),
+            _backward_row((64, 32, 8, 2), (32, 64, 8, 2), None, (64, 32, 8, 1)),
         ),
         # Triton puts some float32 products of 64 rows or more on the matrix unit, which rounds them to TF32.
         (4, 64): (
@@ -264,16 +264,16 @@ BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {
     },
     "gfx1100": {
         (2, 64): (
-            _backward_row((64, 32, 4, 1), (16, 64, 4, 1), None, (32, 32, 4, 1)),
-            _backward_row((32, 32, 4, 1), (16, 32, 4, 1), None, (32, 32, 4, 1)),
+            _backward_row((64, 32, 4, 1), (16, 64, 4, 1), None, (64, 32, 8, 1)),
+            _backward_row((32, 32, 4, 1), (16, 32, 4, 1), None, (64, 32, 8, 1)),
         ),
         (2, 128): (
-            _backward_row((32, 16, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (32, 32, 4, 1)),
-            _backward_row((32, 16, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (32, 32, 4, 1)),
+            _backward_row((32, 16, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (64, 32, 8, 1)),
+            _backward_row((32, 16, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (64, 32, 8, 1)),
         ),
         (2, 256): (
-            _backward_row((16, 16, 4, 1), (16, 32, 8, 1), (16, 64, 8, 1), (16, 16, 4, 1)),
-            _backward_row((16, 16, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+            _backward_row((16, 16, 4, 1), (16, 32, 8, 1), (16, 64, 8, 1), (64, 32, 8, 1)),
+            _backward_row((16, 16, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1), (64, 32, 8, 1)),
         ),
         (4, 64): (
             _backward_row((16, 16, 8, 1), (16, 16, 8, 1), None, (16, 16, 8, 1)),

@@ -43,10 +43,18 @@ class Common:
         self.longest = (q.shape[1], k.shape[1]) if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k)
         self.layout = self._layout(q, k, None) if varlen is None else None
         self.options = None if any(isinstance(x, Tensor) for x in variant) else self._options(q, variant)
+        # All of it, where no tensor is in it.
+        self.fixed = (self.group, *self.layout, *self.options) if self.layout and self.options else None
 
     def __call__(self, q: Tensor, k: Tensor, variant: Variant, varlen: Varlen | None) -> tuple:
+        if self.fixed is not None:
+            return self.fixed
         layout = self.layout or self._layout(q, k, varlen)
         return self.group, *layout, *(self.options or self._options(q, variant))
+
+    def after(self, strides: tuple) -> tuple | None:
+        """Everything behind a kernel's tensors, where it is the same in every call: then in one and the same tuple."""
+        return None if self.fixed is None else (*strides, *self.fixed)
 
     def _layout(self, q: Tensor, k: Tensor, varlen: Varlen | None) -> tuple:
         of_batch = _layout(q, k, varlen)

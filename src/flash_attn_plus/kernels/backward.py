@@ -36,7 +36,7 @@ class BackwardInto(Prepared):
     """The backward of arguments of one signature: all that follows from it, decided once. Dense where varlen is None.
 
     Calling it with checked arguments of that signature fills dq, dk and dv, each where it is not None, and returns
-    dsink and dbias; an empty tensor stands for what does not exist or is not needed.
+    dsink and dbias: None for what does not exist or is not needed.
     """
 
     def __init__(
@@ -60,8 +60,7 @@ class BackwardInto(Prepared):
         heads, heads_k = q.shape[-2], k.shape[-2]
         bias = variant.attn_bias
         need_dbias = need_dbias and bias is not None and bias.is_floating_point()
-        self.nothing = arguments.Result((0,), q.dtype, q.device)
-        self.dsink = self.nothing
+        self.dsink = None
         if variant.sink is not None:
             self.dsink = arguments.Result((batch, heads), torch.float32, q.device)
         self.statistics = arguments.Result((*lse.shape, WIDTH.value), torch.float32, q.device)
@@ -74,6 +73,7 @@ class BackwardInto(Prepared):
         self.strides_q = (*of_inputs, of_dout, of_out, of_dq)
         self.strides_kv = (*of_inputs, of_dout, of_dk, of_dv)
         self.strides_bias = (*of_inputs, of_dout)
+        self.rest_q, self.rest_kv = self.common.after(self.strides_q), self.common.after(self.strides_kv)
         # Keys that no sequence uses lie between those that programs own.
         self.fills = varlen is not None and (varlen.seqused_k is not None or varlen.leftpad_k is not None)
         self.no_sequences = batch == 0
@@ -112,7 +112,7 @@ class BackwardInto(Prepared):
             self.values = launch(key_gradient_kernel, row_tiles(k, plans.values.BLOCK_N) * heads_k, plans.values)
         if variant.sink is not None and batch:
             self.sink = Launch(sink_gradient_kernel, batch * heads, {"BLOCK_M": 1024}, {"num_warps": 4})
-        self.dbias = self.dbias_parts = self.nothing
+        self.dbias = self.dbias_parts = None
         if need_dbias:
             self._prepare_bias(bias, (batch, heads, *self.common.longest), plans.bias, launch)
 
@@ -152,13 +152,13 @@ class BackwardInto(Prepared):
         variant: Variant,
         need_dbias: bool,
         varlen: Varlen | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        dsink = self.dsink.empty()
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dsink = None if self.dsink is None else self.dsink.empty()
         if self.no_sequences:
             for grad in (dq, dk, dv):
                 if grad is not None:
                     grad.zero_()
-            return dsink, self.dbias.empty().zero_()
+            return dsink, None if self.dbias is None else self.dbias.empty().zero_()
         if self.copies:
             dout, q, k, v, out = map(contiguous_rows, (dout, q, k, v, out))
         given = (dq, dk, dv)
@@ -167,35 +167,35 @@ class BackwardInto(Prepared):
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         common, statistics = self.common(q, k, variant, varlen), self.statistics.empty()
         if self.queries is not None:
-            self.queries((q, k, v, dout, out, lse, dlse, statistics, dq), (*self.strides_q, *common))
+            rest = self.rest_q or (*self.strides_q, *common)
+            self.queries((q, k, v, dout, out, lse, dlse, statistics, dq), rest)
         if self.fills:
             for grad in (dk, dv):
                 if grad is not None:
                     grad.zero_()
+        rest = self.rest_kv or (*self.strides_kv, *common)
         if self.keys is not None:
-            dv_of_keys = None if self.values is not None else dv
-            self.keys((q, k, v, dout, statistics, dk, dv_of_keys), (*self.strides_kv, *common))
+            self.keys((q, k, v, dout, statistics, dk, None if self.values is not None else dv), rest)
         if self.values is not None:
-            self.values((q, k, v, dout, statistics, None, dv), (*self.strides_kv, *common))
+            self.values((q, k, v, dout, statistics, None, dv), rest)
         if self.sink is not None:
             self.sink((statistics, dsink), common[1:-1])  # neither group nor bias
         if self.copies_back:
             for to, grad in zip(given, (dq, dk, dv), strict=True):
                 if to is not grad:
                     to.copy_(grad)
-        return dsink, self._bias_gradient(q, k, v, dout, statistics, common)
+        return dsink, None if self.dbias is None else self._bias_gradient(q, k, v, dout, statistics, common)
 
     def _bias_gradient(self, q, k, v, dout, statistics, common) -> Tensor:
         if self.bias is None:
-            dbias = self.dbias.empty()
-            return dbias.zero_() if dbias.numel() else dbias
+            return self.dbias.empty().zero_()
         parts = self.dbias_parts.empty()
         self.bias((q, k, v, dout, statistics, parts), (*self.strides_bias, *common, *self.bias_tiles))
         return parts if self.dbias_parts is self.dbias else parts.sum(0).to(self.dbias.dtype)
 
 
 class Backward(BackwardInto):
-    """The same into tensors of its own: returns dq, dk, dv, dsink and dbias."""
+    """The same into tensors of its own: returns dq, dk, dv, dsink and dbias, or None in their place."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class Backward(BackwardInto):
         need_dkv: bool,
         need_dbias: bool,
         varlen: Varlen | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         grads = [None if grad is None else grad.empty() for grad in self.grads]
         rest = super().run(dout, q, k, v, out, lse, dlse, *grads, variant, need_dbias, varlen)
-        return *(self.nothing.empty() if grad is None else grad for grad in grads), *rest
+        return *grads, *rest

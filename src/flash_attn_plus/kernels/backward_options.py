@@ -130,7 +130,7 @@ def bias_gradient_kernel(
                 dout_ptrs = tiles.row_start(dout_head, row, strides_dout)
                 dout_ptrs += tiles.tile_offsets(strides_dout, BLOCK_M, BLOCK_DV, WIDE)
                 dout = tiles.load(dout_ptrs, rows, sequence.seqlen_q, HEAD_DIM_V, BLOCK_DV, True).to(q.dtype)
-                shift, delta = statistics.load(statistics_ptr, first + first_row, is_query, BLOCK_M, True)
+                shift, delta = statistics.load_rows(statistics_ptr, first + first_row, is_query, BLOCK_M)
                 bounds = scores.key_blocks(first_row, sequence, head, variant, BLOCK_M, BLOCK_N)
                 begin = tl.maximum(bounds[0] // BLOCK_N, column_begin)
                 end = tl.minimum(tl.cdiv(bounds[3], BLOCK_N), column_end)

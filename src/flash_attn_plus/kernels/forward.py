@@ -146,6 +146,7 @@ class Forward(Prepared):
         self.copies = not all(map(has_contiguous_rows, (q, k, v)))
         self.strides = tuple(arguments.strides(x) for x in (q, k, v))
         self.common = arguments.Common(q, k, variant, varlen)
+        self.rest = self.common.after(self.strides)
 
         chosen = plan.forward(arguments.problem(q, v, variant, varlen))
         block_d, block_dv = plan.block_dims(head_dim, head_dim_v)
@@ -177,5 +178,5 @@ class Forward(Prepared):
             return out.zero_(), lse.fill_(-torch.inf)
         if self.copies:
             q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
-        self.launch((q, k, v, out, lse), (*self.strides, *self.common(q, k, variant, varlen)))
+        self.launch((q, k, v, out, lse), self.rest or (*self.strides, *self.common(q, k, variant, varlen)))
         return out, lse

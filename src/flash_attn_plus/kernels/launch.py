@@ -1,13 +1,15 @@
 """Launching a kernel again at a fraction of the price.
 
-Triton's own launch looks at every argument to find the kernel that was compiled for such arguments. The caller here
-knows: the signature that it was made for decides that.
+Triton's own launch looks at every argument to find the kernel that was compiled for such arguments; what it then runs
+still takes all arguments, constants too, and calls its hooks. The caller here knows: the signature that it was made for
+decides which kernel it is, and all of its arguments but the addresses of tensors.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -15,12 +17,17 @@ from torch import Tensor
 
 from .. import device
 
+# Triton's types -> the letters of PyTorch's launcher.
+_LETTERS = {"i1": "i", "i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
+
+_thread = threading.local()  # ``has_context``: a kernel was launched from this thread, which binds a context to it
+
 
 class Launch:
     """A jit function with all that is the same in every call: grid, constants (in order) and options.
 
-    Later calls must agree with the first in everything that Triton specialises on: dtypes, alignments, which
-    arguments are None, and the integers that are not in ``do_not_specialize``.
+    Later calls must agree with the first in everything but where tensors lie, up to alignment: in dtypes, numbers, and
+    which arguments are None.
     """
 
     def __init__(self, function: Callable, programs: int, constants: dict, options: dict[str, int]) -> None:
@@ -28,25 +35,107 @@ class Launch:
         self.constants = tuple(constants.values())
         # Said, because a Triton release changed the default.
         self.options = {**options, "enable_fp_fusion": True}
-        self.compiled, self.run, self.stream_of = None, None, None
+        self.compiled, self.run, self.stream_of, self.direct = None, None, None, None
 
     def __call__(self, tensors: tuple[Tensor | None, ...], rest: tuple) -> None:
         """The function's arguments are ``(*tensors, *rest, *constants)``. Runs on the first tensor's device, which must
         be the current one.
         """
         if self.run is None:
-            self.compiled = self.function[self.grid](*tensors, *rest, *self.constants, **self.options)
-            if self.compiled is not None:  # None if it was interpreted
-                self.run = self.compiled[self.grid]
-                if "stream" in inspect.signature(self.run).parameters:
-                    self.stream_of = triton.runtime.driver.active.get_current_stream
-            return
-        # Tensors as integers: a launcher asks the driver about every tensor that it is given.
-        pointers = [None if x is None else x.data_ptr() for x in tensors]
-        if self.stream_of is None:
-            self.run(*pointers, *rest, *self.constants)
-        else:  # it would ask which device is the current one
-            self.run(*pointers, *rest, *self.constants, stream=self.stream_of(tensors[0].get_device()))
+            self._first(tensors, rest)
+        elif self.direct is not None and hasattr(_thread, "has_context") and not _is_watched():
+            self.direct(tensors, rest, self.stream_of(tensors[0].get_device()))
+        else:
+            # Tensors as integers: a launcher asks the driver about every tensor that it is given.
+            pointers = [None if x is None else x.data_ptr() for x in tensors]
+            if self.stream_of is None:
+                self.run(*pointers, *rest, *self.constants)
+            else:  # it would ask which device is the current one
+                self.run(*pointers, *rest, *self.constants, stream=self.stream_of(tensors[0].get_device()))
+            _thread.has_context = True
+
+    def _first(self, tensors: tuple[Tensor | None, ...], rest: tuple) -> None:
+        self.compiled = self.function[self.grid](*tensors, *rest, *self.constants, **self.options)
+        if self.compiled is None:
+            return  # it was interpreted
+        _thread.has_context = True
+        self.run = self.compiled[self.grid]
+        if "stream" in inspect.signature(self.run).parameters:
+            self.stream_of = triton.runtime.driver.active.get_current_stream
+            if device.static_launcher() is not None:
+                self.direct = Direct.of(self.compiled, self.grid[0], tensors, rest)
+
+
+def _is_watched() -> bool:
+    """Whether anyone hooked Triton's launches: profilers do."""
+    runtime = triton.knobs.runtime
+    enter, exit = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(exit, "calls", exit))
+
+
+class Direct:
+    """A compiled kernel in the hands of PyTorch's launcher of Triton kernels, the one that compiled graphs use: it
+    takes what the kernel takes, and nothing else.
+    """
+
+    def __init__(self, compiled, programs: int, tensors: tuple, rest: tuple) -> None:
+        metadata = compiled.metadata
+        if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
+            raise NotImplementedError("a kernel that needs more than a grid")
+        scratch = [getattr(metadata, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
+        if any(scratch):
+            raise NotImplementedError("a kernel that needs memory of its own")
+        signature = [compiled.src.signature[name] for name in compiled.src.fn.arg_names]
+        self.present = [i for i, x in enumerate(tensors) if x is not None]
+        if any(signature[i][0] != "*" for i in self.present):
+            raise NotImplementedError("tensors that are no pointers")
+        # Where in ``rest`` the kernel's other arguments are: (place, place in a tuple or None).
+        self.places, letters = [], ["O"] * len(self.present)
+        for place, kind in _leaves(signature[len(tensors) : len(tensors) + len(rest)]):
+            self.places.append(place)
+            letters.append("O" if kind[0] == "*" else _LETTERS[kind])
+        self.pointers = [i for i, letter in enumerate(letters[len(self.present) :]) if letter == "O"]
+        self.hidden = (None,) * sum(size is not None for size in scratch)
+        self.letters = "".join(letters) + "O" * len(self.hidden)
+        self.rest, self.values = None, ()
+        self.head = (compiled.function, programs, 1, 1, metadata.num_warps, metadata.shared, self.letters)
+        self.launch = device.static_launcher()
+
+    @classmethod
+    def of(cls, compiled, programs: int, tensors: tuple, rest: tuple) -> Direct | None:
+        """None where this kernel cannot be launched so."""
+        try:
+            return cls(compiled, programs, tensors, rest)
+        except (AttributeError, KeyError, NotImplementedError):
+            return None
+
+    def __call__(self, tensors: tuple[Tensor | None, ...], rest: tuple, stream: int) -> None:
+        values = self.values if rest is self.rest else self._values(rest)
+        arguments = (*[tensors[i].data_ptr() for i in self.present], *values, *self.hidden)
+        self.launch(*self.head, arguments, stream)
+
+    def _values(self, rest: tuple) -> tuple:
+        values = [rest[i] if j is None else rest[i][j] for i, j in self.places]
+        for i in self.pointers:
+            values[i] = values[i].data_ptr()
+        if not self.pointers:  # the same numbers in every call, in the same tuple if the caller keeps it
+            self.values = tuple(values)
+            self.rest = rest  # last: another thread may be about to compare it
+        return tuple(values)
+
+
+def _leaves(signature: list) -> Iterator[tuple[tuple[int, int | None], str]]:
+    """(place, type) of what a kernel is given: not of constants, and of tuples each part."""
+    for i, kind in enumerate(signature):
+        if not isinstance(kind, tuple):
+            if kind != "constexpr":
+                yield (i, None), kind
+            continue
+        for j, part in enumerate(kind):
+            if isinstance(part, tuple):
+                raise NotImplementedError("tuples in tuples")
+            if part != "constexpr":
+                yield (i, j), part
 
 
 class Prepared:

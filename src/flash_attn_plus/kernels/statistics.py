@@ -38,3 +38,14 @@ def load(ptr, first, exist, BLOCK_M: tl.constexpr, MASK: tl.constexpr):
     if MASK:
         delta = tl.where(exist, delta, 0.0)
     return shift, delta
+
+
+@triton.jit
+def load_rows(ptr, first, exist, BLOCK_M: tl.constexpr):
+    """What ``load`` returns, each thread loading its rows for itself: for blocks that are not transposed.
+
+    Beside those, Triton (3.6, 3.7) does not compile ``load`` for RDNA: it carries the layout of the products backwards
+    through the split, to a tile of two columns, which that layout cannot have (triton-lang/triton#8931).
+    """
+    pointers = ptr + first * WIDTH + tl.arange(0, BLOCK_M) * WIDTH
+    return tl.load(pointers, mask=exist, other=float("inf")), tl.load(pointers + 1, mask=exist, other=0.0)

@@ -1,0 +1,201 @@
+"""memory.py: what a call's signature remembers, and that its quick form tells apart what it does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_attn_plus import library, memory
+from flash_attn_plus.memory import Memory
+from flash_attn_plus.schemas import Variant
+
+
+def signature(*args) -> tuple:
+    return memory.signature(args)
+
+
+class TestSignature:
+    """Whatever checks or kernels decide by must be in it."""
+
+    x = torch.zeros(2, 8, 4, 16)
+
+    def test_values_are_not_in_it(self):
+        assert signature(self.x, True) == signature(torch.ones(2, 8, 4, 16), True)
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            torch.zeros(2, 8, 4, 17),
+            torch.zeros(2, 4, 8, 16).transpose(1, 2),
+            torch.zeros(2, 8, 4, 16, dtype=torch.float64),
+            torch.zeros(2 * 8 * 4 * 16 + 1)[1:].view(2, 8, 4, 16),
+            torch._neg_view(torch.zeros(2, 8, 4, 16)),
+        ],
+        ids=["shape", "strides", "dtype", "alignment", "negative"],
+    )
+    def test_tells_apart(self, other):
+        assert signature(self.x, True) != signature(other, True)
+
+    def test_tells_devices_apart(self):
+        class Elsewhere(torch.Tensor):
+            device = torch.device("cuda", 1)
+
+        assert signature(self.x) != signature(self.x.as_subclass(Elsewhere))
+
+    def test_options_are_in_it(self):
+        assert signature(self.x, 0.5) != signature(self.x, 0.25)
+        assert signature(self.x, None) != signature(self.x, self.x)
+        assert signature(self.x, 8) != signature(self.x, 8.0)
+
+    def test_the_precision_of_float32_is_in_it(self):
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            exact = signature(self.x), signature(self.x.half())
+            torch.set_float32_matmul_precision("high")
+            assert signature(self.x) != exact[0] and signature(self.x.half()) == exact[1]
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    @pytest.mark.parametrize(
+        "x",
+        [x.to_sparse(), x[:0], torch._efficientzerotensor(2, 8), x.to("meta"), torch._to_functional_tensor(x)],
+        ids=["sparse", "empty", "zeros without memory", "meta", "wrapper"],
+    )
+    def test_what_cannot_be_told_apart_is_remembered_by_nobody(self, x):
+        assert signature(x) is None
+
+
+class TestMemory:
+    x = torch.zeros(1, 3, 1, 8)
+
+    @pytest.fixture(autouse=True)
+    def remembered(self) -> dict:
+        library._memories["fwd"].clear()
+        return library._memories["fwd"].runs
+
+    def call(self, **options) -> None:
+        torch.ops.flash_attn_plus.fwd(self.x, self.x, self.x, **options)
+
+    def test_is_bounded(self, remembered, monkeypatch):
+        monkeypatch.setattr(memory, "_MOST_SIGNATURES", 3)
+        sizes = []
+        for n in range(8):
+            self.call(softmax_scale=0.1 * n)
+            sizes.append(len(remembered))
+        assert max(sizes) == 3
+
+    def test_nan_is_not_remembered(self, remembered):
+        self.call(softmax_scale=float("nan"))
+        assert not remembered
+
+
+@pytest.mark.skipif(memory._Latest.GUARDS is None, reason="this PyTorch has no TensorGuards")
+class TestLatest:
+    """The quick form. What it finds is what the signature finds; where it is not sure it asks that."""
+
+    dtype = torch.bfloat16
+
+    def args(self, shape: tuple[int, ...] = (1, 8, 2, 16), **options) -> tuple:
+        return (*(torch.zeros(shape, dtype=self.dtype) for _ in range(3)), *Variant(**options))
+
+    @pytest.fixture
+    def remembers(self) -> Memory:
+        """One call, the way there being quick."""
+        remembers, args = Memory(), self.args(causal=True, softcap=2.5, window_left=1000)
+        remembers.keep(memory.signature(args), args, max)
+        assert remembers.recall(args) is max and len(remembers.latest) == 1
+        remembers.runs.clear()
+        assert remembers.recall(args) is max
+        return remembers
+
+    def test_finds_equal_calls(self, remembers):
+        assert remembers.recall(self.args(causal=True, softcap=5.0 / 2, window_left=10**3)) is max
+        with torch.no_grad():
+            assert remembers.recall(self.args(causal=True, softcap=2.5, window_left=1000)) is max
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            dict(softcap=2.5, window_left=1000),
+            dict(causal=True, softcap=2.0, window_left=1000),
+            dict(causal=True, softcap=2.5, window_left=1000.0),
+            dict(causal=True, softcap=2.5, window_left=1000, softmax_scale=0.5),
+            dict(causal=True, softcap=2.5, window_left=1000, sink=torch.zeros(2)),
+            dict(causal=True, softcap=float("nan"), window_left=1000),
+        ],
+        ids=str,
+    )
+    def test_other_options(self, remembers, options):
+        assert remembers.recall(self.args(**options)) is None
+
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    @pytest.mark.parametrize(
+        "other",
+        [
+            torch.zeros(1, 8, 2, 17, dtype=dtype),
+            torch.zeros(1, 9, 2, 16, dtype=dtype),
+            torch.zeros(1, 2, 8, 16, dtype=dtype).transpose(1, 2),
+            torch.zeros(1, 8, 2, 16, dtype=torch.float16),
+            torch.zeros(8 * 2 * 16 + 1, dtype=dtype)[1:].view(1, 8, 2, 16),
+            torch._neg_view(torch.zeros(1, 8, 2, 16, dtype=dtype)),
+            torch._efficientzerotensor(1, 8, 2, 16, dtype=dtype),
+            torch.zeros(1, 8, 2, 16, dtype=dtype, device="meta"),
+            torch.zeros(1, 8, 2, 16, dtype=dtype).to_sparse(),
+            torch._to_functional_tensor(torch.zeros(1, 8, 2, 16, dtype=dtype)),
+            None,
+        ],
+        ids=lambda x: "None" if x is None else f"{x.layout} {tuple(x.shape)} {x.dtype} {x.device}",
+    )
+    def test_other_tensors(self, remembers, place, other):
+        args = list(self.args(causal=True, softcap=2.5, window_left=1000))
+        args[place] = other
+        assert not any(latest.is_like(tuple(args)) for latest in remembers.latest)
+
+    @pytest.mark.parametrize("one, other", [("abc", "aab"), ("aab", "abc"), ("aaa", "aab"), ("aba", "aaa")])
+    def test_one_tensor_in_several_places(self, one, other):
+        """What only looks alike is asked for its signature, and that has the same answer."""
+        tensors = dict(zip("abc", self.args()[:3], strict=True))
+        remembers = Memory()
+        calls = [(*(tensors[letter] for letter in letters), *Variant()) for letters in (one, other)]
+        remembers.keep(memory.signature(calls[0]), calls[0], max)
+        for args in (*calls, *calls):
+            assert remembers.recall(args) is max
+        assert len(remembers.latest) == 2
+        assert [latest.is_like(args) for latest, args in zip(remembers.latest, reversed(calls), strict=True)] == [
+            True
+        ] * 2
+        assert not remembers.latest[0].is_like(calls[0]) and not remembers.latest[1].is_like(calls[1])
+
+    def test_another_class(self, remembers):
+        class Other(torch.Tensor):
+            pass
+
+        q, *rest = self.args(causal=True, softcap=2.5, window_left=1000)
+        assert not remembers.latest[0].is_like((q.as_subclass(Other), *rest))
+
+    def test_keeps_the_latest_few(self):
+        remembers = Memory()
+        calls = [self.args((1, 8, 2, n)) for n in range(1, 30)]
+        for args in calls:
+            remembers.keep(memory.signature(args), args, len)
+            assert remembers.recall(args) is len
+        assert len(remembers.latest) == memory._MOST_LATEST
+        assert all(remembers.recall(args) is len for args in calls)
+
+    def test_float32_is_asked_for_its_precision_every_time(self):
+        remembers, args = Memory(), tuple(x.float() if isinstance(x, torch.Tensor) else x for x in self.args())
+        remembers.keep(memory.signature(args), args, len)
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            found = remembers.recall(args)
+            torch.set_float32_matmul_precision("high")
+            assert remembers.recall(args) is None or found is None
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert not remembers.latest
+
+    def test_nothing_is_found_after_clear(self, remembers):
+        remembers.clear()
+        assert remembers.recall(self.args(causal=True, softcap=2.5, window_left=1000)) is None
