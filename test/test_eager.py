@@ -34,7 +34,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def recalled(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return library.recall("fwd", (q, k, v, *Variant(causal=True))) is not None
+    return library.memory_of("fwd").recall((q, k, v, Variant(causal=True))) is not None
 
 
 class Spy:

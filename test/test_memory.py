@@ -90,29 +90,41 @@ class TestMemory:
         assert not remembered
 
 
-@pytest.mark.skipif(memory._Latest.GUARDS is None, reason="this PyTorch has no TensorGuards")
+def FLATTEN(*structured):  # noqa: N802
+    return library.flatten("fwd", structured)
+
+
+def signature_of(structured: tuple) -> tuple:
+    return memory.signature(FLATTEN(*structured))
+
+
+def ran(found: memory.Found | None) -> bool:
+    return found is not None and found.run is max
+
+
+@pytest.mark.skipif(memory._GUARDS is None, reason="this PyTorch has no TensorGuards")
 class TestLatest:
     """The quick form. What it finds is what the signature finds; where it is not sure it asks that."""
 
     dtype = torch.bfloat16
 
     def args(self, shape: tuple[int, ...] = (1, 8, 2, 16), **options) -> tuple:
-        return (*(torch.zeros(shape, dtype=self.dtype) for _ in range(3)), *Variant(**options))
+        return (*(torch.zeros(shape, dtype=self.dtype) for _ in range(3)), Variant(**options))
 
     @pytest.fixture
     def remembers(self) -> Memory:
         """One call, the way there being quick."""
-        remembers, args = Memory(), self.args(causal=True, softcap=2.5, window_left=1000)
-        remembers.keep(memory.signature(args), args, max)
-        assert remembers.recall(args) is max and len(remembers.latest) == 1
+        remembers, args = Memory(FLATTEN), self.args(causal=True, softcap=2.5, window_left=1000)
+        remembers.keep(signature_of(args), FLATTEN(*args), max)
+        assert ran(remembers.recall(args)) and len(remembers.latest) == 1
         remembers.runs.clear()
-        assert remembers.recall(args) is max
+        assert ran(remembers.recall(args))
         return remembers
 
     def test_finds_equal_calls(self, remembers):
-        assert remembers.recall(self.args(causal=True, softcap=5.0 / 2, window_left=10**3)) is max
+        assert ran(remembers.recall(self.args(causal=True, softcap=5.0 / 2, window_left=10**3)))
         with torch.no_grad():
-            assert remembers.recall(self.args(causal=True, softcap=2.5, window_left=1000)) is max
+            assert ran(remembers.recall(self.args(causal=True, softcap=2.5, window_left=1000)))
 
     @pytest.mark.parametrize(
         "options",
@@ -152,15 +164,32 @@ class TestLatest:
         args[place] = other
         assert not any(latest.is_like(tuple(args)) for latest in remembers.latest)
 
+    def test_tensors_among_the_options(self):
+        """Compared as tensors, wherever they lie; without any, what has names is always the same object."""
+        remembers, sink = Memory(FLATTEN), torch.zeros(2)
+        for options in ({"sink": sink}, {}):
+            args = self.args(**options)
+            remembers.keep(signature_of(args), FLATTEN(*args), max)
+            assert ran(remembers.recall(args))
+        with_sink, without = (remembers.recall(self.args(**o)) for o in ({"sink": torch.ones(2)}, {}))
+        assert ran(with_sink) and with_sink.skeleton is None
+        assert ran(without) and without.skeleton == ((Variant(), ()),)
+        assert remembers.recall(self.args()).skeleton[0][0] is without.skeleton[0][0]
+        for other in (torch.zeros(3), torch.zeros(2, dtype=torch.float64), torch.zeros(4)[::2], torch.zeros(3)[1:]):
+            assert not any(latest.is_like(self.args(sink=other)) for latest in remembers.latest)
+        assert not remembers.latest[1].is_like(self.args(sink=None))
+        assert not remembers.latest[1].is_like(self.args(alibi_slopes=torch.zeros(2)))
+        assert len(remembers.latest) == 2
+
     @pytest.mark.parametrize("one, other", [("abc", "aab"), ("aab", "abc"), ("aaa", "aab"), ("aba", "aaa")])
     def test_one_tensor_in_several_places(self, one, other):
         """What only looks alike is asked for its signature, and that has the same answer."""
         tensors = dict(zip("abc", self.args()[:3], strict=True))
-        remembers = Memory()
-        calls = [(*(tensors[letter] for letter in letters), *Variant()) for letters in (one, other)]
-        remembers.keep(memory.signature(calls[0]), calls[0], max)
+        remembers = Memory(FLATTEN)
+        calls = [(*(tensors[letter] for letter in letters), Variant()) for letters in (one, other)]
+        remembers.keep(signature_of(calls[0]), FLATTEN(*calls[0]), max)
         for args in (*calls, *calls):
-            assert remembers.recall(args) is max
+            assert ran(remembers.recall(args))
         assert len(remembers.latest) == 2
         assert [latest.is_like(args) for latest, args in zip(remembers.latest, reversed(calls), strict=True)] == [
             True
@@ -175,17 +204,17 @@ class TestLatest:
         assert not remembers.latest[0].is_like((q.as_subclass(Other), *rest))
 
     def test_keeps_the_latest_few(self):
-        remembers = Memory()
+        remembers = Memory(FLATTEN)
         calls = [self.args((1, 8, 2, n)) for n in range(1, 30)]
         for args in calls:
-            remembers.keep(memory.signature(args), args, len)
-            assert remembers.recall(args) is len
+            remembers.keep(signature_of(args), FLATTEN(*args), max)
+            assert ran(remembers.recall(args))
         assert len(remembers.latest) == memory._MOST_LATEST
-        assert all(remembers.recall(args) is len for args in calls)
+        assert all(ran(remembers.recall(args)) for args in calls)
 
     def test_float32_is_asked_for_its_precision_every_time(self):
-        remembers, args = Memory(), tuple(x.float() if isinstance(x, torch.Tensor) else x for x in self.args())
-        remembers.keep(memory.signature(args), args, len)
+        remembers, args = Memory(FLATTEN), tuple(x.float() if isinstance(x, torch.Tensor) else x for x in self.args())
+        remembers.keep(signature_of(args), FLATTEN(*args), max)
         before = torch.get_float32_matmul_precision()
         try:
             torch.set_float32_matmul_precision("highest")

@@ -77,10 +77,17 @@ Skeleton = tuple[tuple[NamedTuple, tuple[str, ...]], ...]  # what has names; whi
 
 
 def apply(
-    classes: Attention, run_forward: Callable, way: Way, structured: tuple, packed: Packed | None = None
+    classes: Attention,
+    run_forward: Callable,
+    way: Way,
+    structured: tuple,
+    skeleton: Skeleton | None = None,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out, lse of ``run_forward(*structured)``, on the tape."""
-    skeleton, options = _take_apart(structured[3:])
+    """out, lse of ``run_forward(*structured)``, on the tape. ``skeleton`` is known where no option is a tensor."""
+    options: Sequence[Tensor] = ()
+    if skeleton is None:
+        skeleton, options = _take_apart(structured[3:])
     if packed is None:
         return classes.separate.apply(run_forward, way, structured, skeleton, *structured[:3], *options)
     inputs = packed[:1] if packed[1] is None else packed

@@ -35,8 +35,6 @@ _USUAL = _INFERENCE | _DispatchKeySet(_DispatchKey.ADInplaceOrView)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-
 Packed = autograd.Packed
 
 
@@ -51,10 +49,6 @@ def _only_gradients(x: Tensor) -> bool:
 
 def _is_watched() -> bool:
     return _profiling() or profiler._is_profiler_enabled  # in this thread, in all threads
-
-
-def _records(args: tuple) -> bool:
-    return torch.is_grad_enabled() and _any_requires_grad(*args)
 
 
 def _without_autocast(run: Callable) -> Callable:
@@ -75,39 +69,46 @@ class _Backward:
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.op = name, library.overload(name)
+        self.name, self.op, self.memory = name, library.overload(name), library.memory_of(name)
 
     def __call__(self, *structured):
-        args, run = library.flatten(self.name, structured), None
-        if _only_gradients(args[0]) and not _records(args) and not _is_watched():
-            run = library.recall(self.name, args)
-        return self.op(*args) if run is None else _without_autocast(run)(*structured)
+        found = None
+        if not torch.is_grad_enabled() and _only_gradients(structured[0]) and not _is_watched():
+            found = self.memory.recall(structured)
+        if found is None:
+            return self.op(*library.flatten(self.name, structured))
+        return _without_autocast(found.run)(*structured)
 
 
 class _Forward:
     """The way to a forward operator."""
 
     def __init__(self, name: str, classes: autograd.Attention, backward_name: str) -> None:
-        self.name, self.op, self.classes = name, library.overload(name), classes
+        self.name, self.op, self.memory = name, library.overload(name), library.memory_of(name)
+        self.classes = classes
         self.way = autograd.Way(_Backward(backward_name), _Backward(f"{backward_name}_into"))
 
-    def __call__(self, args: tuple, structured: tuple, packed: Packed | None):
-        if not (isinstance(args[0], Tensor) and _only_gradients(args[0])):
-            return self.op(*args)
-        if _any_autocast() and any(autocast.casts(x) for x in args[:3]):
-            return self.op(*args)
-        run = None if _is_watched() else library.recall(self.name, args)
-        if not _records(args):
-            return self.op(*args) if run is None else _without_autocast(run)(*structured)
+    def __call__(self, structured: tuple, packed: Packed | None):
+        q, k, v = structured[:3]
+        if not (isinstance(q, Tensor) and _only_gradients(q)):
+            return self._cross(*structured)
+        if _any_autocast() and any(autocast.casts(x) for x in (q, k, v)):
+            return self._cross(*structured)
+        found = None if _is_watched() else self.memory.recall(structured)
+        skeleton = None if found is None else found.skeleton
+        records = torch.is_grad_enabled()
+        if records:  # the way through all options only where tensors may be among them
+            records = _any_requires_grad(*((q, k, v) if skeleton else library.flatten(self.name, structured)))
+        if not records:
+            return self._cross(*structured) if found is None else _without_autocast(found.run)(*structured)
         if packed is not None and not all(x is None or x.__class__ in _PLAIN for x in packed):
             packed = None
-        if run is None:
-            if packed is None:
-                return self.op(*args)
-            return autograd.apply(self.classes, self._operator, self.way, structured, packed)
-        return autograd.apply(self.classes, _without_autocast(run), self.way, structured, packed)
+        if found is None and packed is None:
+            return self._cross(*structured)
+        run = self._cross if found is None else _without_autocast(found.run)
+        return autograd.apply(self.classes, run, self.way, structured, skeleton, packed)
 
-    def _operator(self, *structured):
+    def _cross(self, *structured):
         return self.op(*library.flatten(self.name, structured))
 
 
@@ -116,10 +117,10 @@ _varlen_fwd = _Forward("varlen_fwd", autograd.VARLEN, "varlen_bwd")
 
 
 def fwd(q: Tensor, k: Tensor, v: Tensor, variant: Variant, packed: Packed | None = None) -> tuple[Tensor, Tensor]:
-    return _fwd((q, k, v, *variant), (q, k, v, variant), packed)
+    return _fwd((q, k, v, variant), packed)
 
 
 def varlen_fwd(
     q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor]:
-    return _varlen_fwd((q, k, v, *layout[:4], *variant, *layout[4:]), (q, k, v, layout, variant), packed)
+    return _varlen_fwd((q, k, v, layout, variant), packed)

@@ -88,11 +88,15 @@ def _attention_flattener(name: str) -> Callable:
     tensors = [argument for argument in names if argument not in (*Varlen._fields, *Variant._fields, *needs)]
     parts = (Varlen._fields, Variant._fields) if "cu_seqlens_q" in names else (Variant._fields,)
     order = [*tensors, *itertools.chain(*parts), *needs]
-    arrange, count = operator.itemgetter(*map(order.index, names)), len(tensors)
+    places, count = [order.index(name) for name in names], len(tensors)
+    end, in_order = count + len(parts), places == sorted(places)
 
-    def flatten(*structured) -> tuple:
-        end = count + len(parts)
-        return arrange((*structured[:count], *itertools.chain(*structured[count:end]), *structured[end:]))
+    def flatten(*structured) -> tuple:  # nothing here that Dynamo could not trace
+        flat = list(structured[:count])
+        for part in structured[count:end]:
+            flat += part
+        flat += structured[end:]
+        return tuple(flat) if in_order else tuple([flat[i] for i in places])
 
     return flatten
 
@@ -217,12 +221,13 @@ def _fake(name: str) -> Callable:
     return fake
 
 
-_memories = {name: Memory() for name in _OPERATORS}
+# Of operators without a flattener, nothing is recalled before the dispatcher.
+_memories = {name: Memory(_flatteners.get(name, lambda *structured: structured)) for name in _OPERATORS}
 
 
-def recall(name: str, args: tuple) -> Callable | None:
-    """What ran for a call like this that came through the dispatcher; it takes the structured arguments."""
-    return _memories[name].recall(args)
+def memory_of(name: str) -> Memory:
+    """What ran for calls of an operator that came through the dispatcher; it takes structured arguments."""
+    return _memories[name]
 
 
 def _device_kernel(name: str, module: str) -> Callable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
@@ -43,10 +42,22 @@ def signature(args: tuple) -> tuple | None:
     return tuple(described)
 
 
-class Memory:
-    """What ran for calls of one operator."""
+class Found:
+    """What ran for a call of the same signature."""
 
-    def __init__(self) -> None:
+    __slots__ = ("run", "skeleton")
+
+    def __init__(self, run: Callable, skeleton: tuple | None = None) -> None:
+        self.run = run
+        # (Varlen or Variant, no names) of each, always the same objects; None where tensors are among them.
+        self.skeleton = skeleton
+
+
+class Memory:
+    """What ran for calls of one operator. ``flatten`` makes all its arguments of structured ones (library.parse)."""
+
+    def __init__(self, flatten: Callable) -> None:
+        self.flatten = flatten
         self.runs: dict[tuple, Callable] = {}
         self.latest: tuple[_Latest, ...] = ()
 
@@ -60,52 +71,86 @@ class Memory:
             self.clear()
         self.runs[of_call] = run
 
-    def recall(self, args: tuple) -> Callable | None:
-        """``find``, for callers in front of the dispatcher: in a tenth of the time where the call is like one of the
+    def recall(self, structured: tuple) -> Found | None:
+        """``find``, for callers in front of the dispatcher: in a fraction of the time where the call is like one of the
         latest ones.
         """
         for latest in self.latest:
-            if latest.is_like(args):
-                return latest.run
-        run = self.runs.get(signature(args))
-        if run is not None and _Latest.GUARDS is not None and args[0].dtype is not torch.float32:
-            self.latest = (_Latest(args, run), *self.latest[: _MOST_LATEST - 1])
-        return run
+            if latest.is_like(structured):
+                return latest
+        run = self.runs.get(signature(self.flatten(*structured)))
+        if run is None:
+            return None
+        if _GUARDS is None or structured[0].dtype is torch.float32:
+            return Found(run)
+        latest = _Latest(structured, run)
+        self.latest = (latest, *self.latest[: _MOST_LATEST - 1])
+        return latest
 
     def clear(self) -> None:
         self.runs.clear()
         self.latest = ()
 
 
-class _Latest:
+class _Latest(Found):
     """The arguments of a call, compared with those of others by what guards compiled graphs: dispatch keys, dtype,
     device, shape and strides of all tensors at once, in C++. Not for float32, where a global setting counts too.
     """
 
-    GUARDS = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
+    __slots__ = ("again", "alignments", "guards", "parts", "places", "rest")
 
-    def __init__(self, args: tuple, run: Callable) -> None:
-        self.run = run
-        # The first place of each tensor, and (place, first place) of those that come again: cu_seqlens often do.
-        firsts: dict[int, int] = {}
-        at = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
-        places = [(i, firsts.setdefault(id(args[i]), i)) for i in at]
-        self.again = [(i, first) for i, first in places if i != first]
-        self.pick_tensors = operator.itemgetter(*firsts.values())
-        self.pick_others = operator.itemgetter(*(i for i in range(len(args)) if i not in at))
-        self.others, tensors = self.pick_others(args), self.pick_tensors(args)
-        if len(firsts) == 1:  # itemgetter makes no tuple of one
-            self.pick_tensors, tensors = (lambda args: (args[at[0]],)), (tensors,)
+    def __init__(self, structured: tuple, run: Callable) -> None:
+        # (place, None) of a tensor, (place, place in a part) of a tensor in Varlen or Variant.
+        at, self.parts, self.rest = [], [], []
+        for i, x in enumerate(structured):
+            if isinstance(x, Tensor):
+                at.append((i, None))
+            elif isinstance(x, tuple):
+                inner = [(i, j) for j, y in enumerate(x) if isinstance(y, Tensor)]
+                at += inner
+                self.parts.append((i, x._replace(**{x._fields[j]: Tensor for _, j in inner}), bool(inner)))
+            else:
+                self.rest.append((i, x))
+        plain = not any(has_tensors for _, _, has_tensors in self.parts)
+        super().__init__(run, tuple((part, ()) for _, part, _ in self.parts) if plain else None)
+        # The first place of each tensor, and those where it comes again, as cu_seqlens often do.
+        firsts: dict[int, tuple] = {}
+        tensors = [_at(structured, place) for place in at]
+        places = [(place, firsts.setdefault(id(x), place)) for place, x in zip(at, tensors, strict=True)]
+        self.again = [(place, first) for place, first in places if place != first]
+        self.places = list(firsts.values())
+        tensors = [_at(structured, place) for place in self.places]
         sizes, strides = ([list(f(x)) for x in tensors] for f in (Tensor.size, Tensor.stride))
-        self.guards = self.GUARDS(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self.guards = _GUARDS(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self.alignments = [x.data_ptr() % 16 for x in tensors]
 
-    def is_like(self, args: tuple) -> bool:
-        for x, other in zip(self.pick_others(args), self.others, strict=True):
-            if x is not other and (x.__class__ is not other.__class__ or x != other):
+    def is_like(self, structured: tuple) -> bool:
+        for i, x in self.rest:
+            if structured[i] is not x:
                 return False
-        for i, first in self.again:
-            if args[i] is not args[first]:
+        for i, part, has_tensors in self.parts:
+            if structured[i] is not part and not _are_like(structured[i], part, has_tensors):
                 return False
-        tensors = self.pick_tensors(args)
+        for place, first in self.again:
+            if _at(structured, place) is not _at(structured, first):
+                return False
+        tensors = [structured[i] if j is None else structured[i][j] for i, j in self.places]
         return self.guards.check(*tensors) and [x.data_ptr() % 16 for x in tensors] == self.alignments
+
+
+_GUARDS = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
+
+
+def _at(structured: tuple, place: tuple[int, int | None]):
+    i, j = place
+    return structured[i] if j is None else structured[i][j]
+
+
+def _are_like(part: tuple, other: tuple, has_tensors: bool) -> bool:
+    """Equal values of equal types; ``Tensor`` stands for any, which are compared elsewhere."""
+    for x, y in zip(part, other, strict=True):
+        if x is not y and (x.__class__ is not y.__class__ or x != y):
+            if has_tensors and y is Tensor and isinstance(x, Tensor):
+                continue
+            return False
+    return True
