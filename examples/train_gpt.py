@@ -5,8 +5,9 @@ the two are compared: gradients of the first step, then the loss of every step. 
 three minutes on two CPU cores; on a CUDA machine it uses the GPU. The model is in gpt.py.
 
 With --attention the whole training is compared instead: one after the other, the implementations that it names train
-the same model from the same weights on the same batches, and must end at the same loss. On a CUDA machine this is 500
-steps in bfloat16:
+the same model from the same weights on the same batches, and must end at the same loss. In bfloat16 two right
+attentions part ways after some fifty steps, as training amplifies how they round; so each trains from several seeds,
+and their means are compared. On a CUDA machine this is 500 steps in bfloat16 from four seeds:
 
     python examples/train_gpt.py --attention ours,flash,cudnn
 """
@@ -51,13 +52,13 @@ LOSS_TOLERANCE = 1e-3  # on |loss - reference loss| at every compared step
 # AdamW divides out again: with dq 2 % too large they differ by 1e-4, the gradients of the query weights by 2e-2.
 GRADIENT_TOLERANCE = 1e-4
 LEARNED = 0.6  # mean loss of the last 50 steps / mean loss of the first ten
-# On |loss / our loss - 1|, means of the last 50 steps, in any dtype: what --attention judges. Single steps differ by
-# more in bfloat16, to either side.
+# On |loss / our loss - 1|, means of the last 50 steps of all seeds, in any dtype: what --attention judges. In bfloat16
+# single steps differ by more, and so do single seeds.
 LATE_LOSS_TOLERANCE = 0.005
 WARM_UP = 10  # steps that no speed is taken from: the first one compiles, the next ones still allocate
 
 Sizes = tuple[tuple[str, str, float, float], ...]
-# option, meaning, default, default of --attention on CUDA: 500 steps
+# option, meaning, default, default of --attention on CUDA
 SIZES: Sizes = (
     ("steps", "training steps", 400, 500),
     ("batch", "sequences per step", 8, 32),
@@ -67,6 +68,7 @@ SIZES: Sizes = (
     ("kv-heads", "key/value heads; divides --heads", 2, 12),
     ("dim", "model width; an even multiple of --heads", 192, 768),
     ("lr", "highest learning rate", 2e-3, 1e-3),
+    ("seeds", "trainings of each implementation of --attention, whose losses are averaged", 1, 4),
 )
 
 
@@ -86,6 +88,15 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     first_gradients: list[Tensor] = field(default_factory=list)
     validation: dict[int, float] = field(default_factory=dict)  # step -> loss
+    last: list[float] = field(default_factory=list)  # of each seed: the mean loss of the last 50 steps
+
+    @classmethod
+    def mean(cls, runs: list[Run]) -> Run:
+        """Of several seeds: every step's mean loss and median time. Gradients and model are the first one's."""
+        losses = [statistics.fmean(step) for step in zip(*(run.losses for run in runs), strict=True)]
+        seconds = [statistics.median(step) for step in zip(*(run.seconds for run in runs), strict=True)]
+        last = [statistics.fmean(run.losses[-50:]) for run in runs]
+        return cls(runs[0].model, losses, seconds, runs[0].first_gradients, {}, last)
 
     def tokens_per_second(self, tokens: int) -> float:
         """Of the median step after the warm-up."""
@@ -212,9 +223,11 @@ def fit(
     args: argparse.Namespace,
     steps: int,
     backend: Callable | None = None,
+    seed: int | None = None,
 ) -> Run:
     """Train the model for ``steps`` of the ``args.steps`` of its schedule; compile its blocks with ``backend``."""
-    torch.manual_seed(args.seed)
+    seed = args.seed if seed is None else seed
+    torch.manual_seed(seed)
     config = Config(len(ALPHABET), args.seq, args.layers, args.heads, args.kv_heads, args.dim)
     model = GPT(config, attention).to(args.device)
     if backend is not None:
@@ -225,7 +238,7 @@ def fit(
     gains = [weight for weight in model.parameters() if weight.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99))
-    batches = torch.Generator().manual_seed(args.seed)
+    batches = torch.Generator().manual_seed(seed)
     windows = torch.arange(args.seq + 1)
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -347,10 +360,12 @@ def curves_csv(runs: dict[str, Run]) -> bytes:
 def summary_csv(runs: dict[str, Run], tokens: int) -> bytes:
     """One row for each implementation; ``tokens`` are those of a step."""
     names = ["loss_last_50_steps", "relative_difference", "first_gradient_difference", "tokens_per_second"]
+    names.append("loss_last_50_steps_of_each_seed")
     rows = [["implementation", *names]]
     for name, run in runs.items():
         of_ours = late_difference(runs["ours"], run), largest_differences(runs["ours"], run)[1]
-        rows.append([name, *map(repr, (first_and_last(run)[1], *of_ours, run.tokens_per_second(tokens)))])
+        figures = (first_and_last(run)[1], *of_ours, run.tokens_per_second(tokens))
+        rows.append([name, *map(repr, figures), " ".join(map(repr, run.last))])
     return as_csv(rows)
 
 
@@ -578,9 +593,12 @@ def compare(args: argparse.Namespace, corpus: Corpus, compiles: bool, mode: str)
         if name != "ours" and (reason := why_absent(attention, args)):
             print(f"{place} is absent: {reason}")
             continue
-        print(f"{place}: the same weights and batches, {args.steps} steps, {mode}")
+        seeds = range(args.seed, args.seed + args.seeds)
+        count = f"{args.steps} steps" + (f" from each of {args.seeds} seeds" if args.seeds > 1 else "")
+        print(f"{place}: the same weights and batches, {count}, {mode}")
         torch._dynamo.reset()  # the blocks differ only in the attention that they call: none may run another's graph
-        runs[name] = fit(f"{title:23s}", attention, corpus, args, args.steps, CountingBackend() if compiles else None)
+        backend = CountingBackend() if compiles else None
+        runs[name] = Run.mean([fit(f"{title:23s}", attention, corpus, args, args.steps, backend, s) for s in seeds])
 
     tokens = args.batch * args.seq
     contents = {"train_gpt_curves.csv": curves_csv(runs), "train_gpt_summary.csv": summary_csv(runs, tokens)}
@@ -601,6 +619,14 @@ def compare(args: argparse.Namespace, corpus: Corpus, compiles: bool, mode: str)
             f"  {IMPLEMENTATIONS[name][0]:25s}{run.losses[0]:16.4f}{first_and_last(run)[1]:15.4f}"
             f"{late_difference(runs['ours'], run):+10.3%}{gradient:11.1e}{run.tokens_per_second(tokens):12,.0f}"
         )
+    if args.seeds > 1:
+        print("  last 50 steps of each seed, to the mean of all implementations:")
+        for name, run in runs.items():
+            means = [
+                statistics.fmean(of_seed) for of_seed in zip(*(other.last for other in runs.values()), strict=True)
+            ]
+            differences = " ".join(f"{last / mean - 1:+.2%}" for last, mean in zip(run.last, means, strict=True))
+            print(f"  {IMPLEMENTATIONS[name][0]:25s} {differences}")
     print(f"  written: {', '.join(str(args.out / name) for name in contents)}")
     if png is None:
         print("  matplotlib is not installed: no picture of the losses")

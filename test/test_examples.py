@@ -235,6 +235,22 @@ def test_attentions_train_alike_and_what_is_absent_is_said(train_gpt, compare, t
     assert all(float(row["tokens_per_second"]) > 0 for row in summary.values())
 
 
+def test_seeds_are_averaged(compare, tmp_path):
+    def curves(*options):
+        status, out, err = compare("ours,math", *options)
+        assert (status, err) == (0, "")
+        return _table(tmp_path / "train_gpt_curves.csv"), _table(tmp_path / "train_gpt_summary.csv"), out
+
+    (both, summary, out), (one, *_), (other, *_) = (curves(*o.split()) for o in ("--seeds 2", "--seed 0", "--seed 1"))
+    for name in ("ours", "math"):
+        means = [(float(a[name]) + float(b[name])) / 2 for a, b in zip(one, other, strict=True)]
+        assert [float(row[name]) for row in both] == pytest.approx(means)
+    of_seeds = [float(x) for x in summary[0]["loss_last_50_steps_of_each_seed"].split()]
+    assert len(of_seeds) == 2 and of_seeds[0] != of_seeds[1]
+    assert float(summary[0]["loss_last_50_steps"]) == pytest.approx(sum(of_seeds) / 2)
+    assert "60 steps from each of 2 seeds" in out and "last 50 steps of each seed" in out
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_attention_that_ends_elsewhere_fails(train_gpt, compare, monkeypatch, dtype):
     monkeypatch.setitem(train_gpt.IMPLEMENTATIONS, "ours", ("flash_attn_plus", WRONG["not causal"]))
