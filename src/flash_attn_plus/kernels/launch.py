@@ -20,6 +20,7 @@ from .. import device
 # Triton's types -> the letters of PyTorch's launcher.
 _LETTERS = {"i1": "i", "i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
 
+_runtime = triton.knobs.runtime
 _thread = threading.local()  # ``has_context``: a kernel was launched from this thread, which binds a context to it
 
 
@@ -41,10 +42,11 @@ class Launch:
         """The function's arguments are ``(*tensors, *rest, *constants)``. Runs on the first tensor's device, which must
         be the current one.
         """
-        if self.run is None:
+        direct = self.direct
+        if direct is not None and hasattr(_thread, "has_context") and not _is_watched():
+            direct(tensors, rest, self.stream_of(tensors[0].get_device()))
+        elif self.run is None:
             self._first(tensors, rest)
-        elif self.direct is not None and hasattr(_thread, "has_context") and not _is_watched():
-            self.direct(tensors, rest, self.stream_of(tensors[0].get_device()))
         else:
             # Tensors as integers: a launcher asks the driver about every tensor that it is given.
             pointers = [None if x is None else x.data_ptr() for x in tensors]
@@ -68,9 +70,8 @@ class Launch:
 
 def _is_watched() -> bool:
     """Whether anyone hooked Triton's launches: profilers do."""
-    runtime = triton.knobs.runtime
-    enter, exit = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(exit, "calls", exit))
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class Direct:
