@@ -228,3 +228,14 @@ class TestLatest:
     def test_nothing_is_found_after_clear(self, remembers):
         remembers.clear()
         assert remembers.recall(self.args(causal=True, softcap=2.5, window_left=1000)) is None
+
+    def test_keeps_the_object_that_has_no_tensors(self, remembers):
+        """Autograd hands the forward's options to the backward: the same object is not compared again."""
+        variant = remembers.latest[0].parts[0][1]
+        assert remembers.latest[0].skeleton == ((variant, ()),)
+        args = self.args(causal=True, softcap=2.5, window_left=1000)
+        found = remembers.recall((*args[:3], variant))
+        assert found.skeleton[0][0] is variant
+        mine = Memory(FLATTEN)
+        mine.keep(signature_of(args), FLATTEN(*args), max)
+        assert mine.recall(args).skeleton[0][0] is args[3]

@@ -108,7 +108,9 @@ class _Latest(Found):
             elif isinstance(x, tuple):
                 inner = [(i, j) for j, y in enumerate(x) if isinstance(y, Tensor)]
                 at += inner
-                self.parts.append((i, x._replace(**{x._fields[j]: Tensor for _, j in inner}), bool(inner)))
+                # The object itself where it can be: the next one is often the same.
+                part = x._replace(**{x._fields[j]: Tensor for _, j in inner}) if inner else x
+                self.parts.append((i, part, bool(inner)))
             else:
                 self.rest.append((i, x))
         plain = not any(has_tensors for _, _, has_tensors in self.parts)
