@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from flash_attn_plus import device
+from flash_attn_plus.kernels import launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -76,15 +78,44 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
-# What PyTorch's launcher was told to launch: (a letter for the type of each argument, arguments).
-launched: list[tuple[str, tuple]] = []
+# Compiled kernel -> launches through PyTorch's launcher: a letter for the type of each argument, the arguments, and
+# what they should be.
+launched: dict[object, list[tuple[str, tuple, list]]] = {}
+
+
+def _expected(compiled, arguments: tuple) -> Iterator:
+    """What of a call's arguments Triton's own launcher would hand to the kernel, in order."""
+
+    def given(kind, x) -> Iterator:
+        if isinstance(kind, tuple):
+            for part in map(given, kind, x):
+                yield from part
+        elif kind != "constexpr":
+            yield x.data_ptr() if isinstance(x, torch.Tensor) else x
+
+    kinds = [compiled.src.signature[name] for name in compiled.src.fn.arg_names]
+    for part in map(given, kinds, arguments):
+        yield from part
+    yield from (None, None)  # global and profile scratch
+
+
+class _Direct(launch.Direct):
+    def __init__(self, compiled, *args) -> None:
+        self.launch_of = compiled
+        super().__init__(compiled, *args)
+
+    def __call__(self, tensors: tuple, rest: tuple, stream: int) -> None:
+        def record(function, x, y, z, warps, shared, letters, arguments, stream) -> None:
+            told = letters, arguments, list(_expected(self.launch_of, (*tensors, *rest)))
+            launched.setdefault(self.launch_of, []).append(told)
+
+        self.launch = record
+        super().__call__(tensors, rest, stream)
 
 
 def install(arch: str) -> None:
-    def launch(function, x, y, z, warps, shared, letters, arguments, stream) -> None:
-        launched.append((letters, arguments))
-
-    device.static_launcher = lambda: launch if arch.startswith("sm_") else None
+    device.static_launcher = lambda: print if arch.startswith("sm_") else None
+    launch.Direct = _Direct
     triton.runtime.driver.set_active(_Driver(target_of(arch)))
     device.architecture = lambda _: arch
     device.has_tf32 = lambda _: arch.startswith("sm_")

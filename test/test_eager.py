@@ -148,6 +148,27 @@ class TestGradients:
             actual = self.step(dtype=torch.bfloat16)
         assert crossings.calls == 0 and all(map(torch.equal, actual, expected))
 
+    def test_none_are_recorded_where_autograd_is_excluded(self):
+        """Inside a custom operator, whose own gradient is recorded: in every call, not only in the first."""
+        k, v = (x.detach().requires_grad_() for x in inputs()[1:])
+
+        @torch.library.custom_op("flash_attn_plus_test::attention", mutates_args=())
+        def attention(q: Tensor) -> Tensor:
+            return dense(q, k, v)
+
+        for _ in range(3):
+            assert not attention(inputs()[0]).requires_grad
+            with torch._C._AutoDispatchBelowAutograd():
+                assert not dense(inputs()[0], k, v).requires_grad
+        assert dense(inputs()[0], k, v).requires_grad
+
+    def test_compiled_autograd(self):
+        x = inputs(requires_grad=True)
+        expected = torch.autograd.grad(dense(*x).square().sum(), x)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            dense(*x).square().sum().backward()
+        torch.testing.assert_close(tuple(tensor.grad for tensor in x), expected)
+
     def test_create_graph_keeps_history(self):
         for _ in range(2):
             grads = self.step(create_graph=True)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import nullcontext
+
 import pytest
 import torch
 from cases import BY_NAME, CASES, Case, Problem
 from test_opcheck import EVERY_ROW, TRACED, assert_same_metadata, backward_call, check
 from torch import Tensor
+from torch._dynamo.exc import TorchRuntimeError
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import flash_attn_plus as fap
 from flash_attn_plus import library
 
 OPS = torch.ops.flash_attn_plus
 DIFFERENTIABLE = [case for case in CASES if not case.forward_only]
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
 SAVED = 7  # dout, q, k, v, out, lse, dlse
 
 
@@ -138,7 +147,7 @@ class TestWhatPyTorchAsks:
     @pytest.mark.parametrize("name", ["plain", "varlen"])
     def test_flops_are_those_of_the_backward(self, name: str) -> None:
         def count(call: tuple) -> int:
-            with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False) as counter:
                 call[0](*call[1])
             return counter.get_total_flops()
 
@@ -237,7 +246,7 @@ def one_by_one(monkeypatch):
     """A context where packed inputs are views whose gradients PyTorch puts together."""
 
     def switch() -> None:
-        monkeypatch.setattr("flash_attn_plus.eager._PLAIN", ())
+        monkeypatch.setattr("flash_attn_plus.eager._may_be_joint", lambda joint: False)
 
     return switch
 
@@ -322,11 +331,49 @@ class TestPacked:
         assert f"flash_attn_plus::{prefix}bwd_into" in names
         assert "aten::stack" not in names
 
-    def test_a_mode_sees_the_views(self, name: str) -> None:
+    def test_a_mode_sees_operators_that_allocate(self, name: str) -> None:
         with Seen() as mode:
             self.gradients(name)
-        assert "aten::unbind.int" in mode.names
         assert {"flash_attn_plus::bwd", "flash_attn_plus::varlen_bwd"} & set(mode.names)
+        assert not any("_into" in name for name in mode.names)
+
+    @pytest.mark.parametrize("forward, backward", [(True, False), (False, True), (True, True)])
+    def test_checkpoint_with_a_mode_in_one_half(self, name: str, forward: bool, backward: bool) -> None:
+        """What is saved is the same with a mode and without: the recomputation may have another."""
+        function, shape = FUNCTIONS[name]
+        x = torch.randn(shape).requires_grad_()
+        (expected,) = torch.autograd.grad(function(x).square().sum(), x)
+        with FlopCounterMode(display=False) if forward else nullcontext():
+            out = checkpoint(lambda x: function(x * 1.0), x, use_reentrant=False)
+        with FlopCounterMode(display=False) if backward else nullcontext():
+            out.square().sum().backward()
+        torch.testing.assert_close(x.grad, expected)
+
+    def test_a_batch_of_gradients(self, name: str) -> None:
+        function, shape = FUNCTIONS[name]
+        x = torch.randn(shape).requires_grad_()
+        out = function(x)
+        douts = torch.randn(3, *out.shape)
+        (batched,) = torch.autograd.grad(out, x, douts, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(out, x, dout, retain_graph=True)[0] for dout in douts]
+        torch.testing.assert_close(batched, torch.stack(each))
+
+    def test_gradients_of_a_class_with_torch_dispatch(self, name: str) -> None:
+        function, shape = FUNCTIONS[name]
+        x = torch.randn(shape).requires_grad_()
+        out = function(x)
+        a, b = torch.randn_like(out), torch.randn_like(out)
+        (both,) = torch.autograd.grad(out, x, TwoTensor(a, b), retain_graph=True)
+        for part, dout in ((both.a, a), (both.b, b)):
+            torch.testing.assert_close(part, torch.autograd.grad(out, x, dout, retain_graph=True)[0])
+
+    def test_a_trace_of_the_backward(self, name: str) -> None:
+        function, shape = FUNCTIONS[name]
+        x = torch.randn(shape).requires_grad_()
+        out = function(x)
+        dout = torch.randn_like(out)
+        graph = make_fx(lambda dout: torch.autograd.grad(out, x, dout, retain_graph=True)[0])(dout)
+        torch.testing.assert_close(graph(dout), torch.autograd.grad(out, x, dout)[0])
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_autocast(self, name: str, dtype: torch.dtype) -> None:
@@ -354,8 +401,37 @@ class TestPacked:
 def test_functionalize_tells_what_it_cannot() -> None:
     """torch.func.functionalize knows no operators that write; what PyTorch says is a sentence, not wrong values."""
     op, args = into_call(BY_NAME["plain"].make())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"flash_attn_plus::bwd_into.*only support functionalizing"):
         functionalize(lambda *args: op(*args))(*args)
+
+
+def test_an_inference_tensor_is_not_written_into_outside_inference_mode() -> None:
+    op, args = into_call(BY_NAME["plain"].make())
+    with torch.inference_mode():
+        dq = torch.zeros_like(args[SAVED])
+    with pytest.raises(RuntimeError, match="inference tensor is written into outside InferenceMode"):
+        op(*args[:SAVED], dq, *args[SAVED + 1 :])
+    assert (dq == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+def test_views_with_symbolic_offsets_are_right_or_refused(backend: str) -> None:
+    """Inductor loses the offsets of such views (pytorch/pytorch#198068)."""
+    torch._dynamo.reset()
+
+    def into_slices(*saved: Tensor) -> Tensor:
+        whole = torch.empty(3, *saved[1].shape)
+        OPS.bwd_into(*saved, None, *whole.unbind(0))
+        return whole
+
+    compiled = torch.compile(into_slices, backend=backend, dynamic=False)
+    for length in (8, 9, 20):
+        q, k, v = torch.randn(3, 2, length, 2, 16).unbind(0)
+        out, lse = OPS.fwd(q, k, v)
+        saved = (torch.randn_like(out), q, k, v, out, lse)
+        assert torch.equal(compiled(*saved), torch.stack(OPS.bwd(*saved, None)[:3]))
+    with pytest.raises(TorchRuntimeError, match="dk: expected a tensor whose place in its memory does not depend"):
+        torch.compile(into_slices, backend=backend, dynamic=True)(*saved)
 
 
 @pytest.mark.parametrize("name", ["kv", "varlen_kv"])

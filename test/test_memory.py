@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -203,27 +205,46 @@ class TestLatest:
         q, *rest = self.args(causal=True, softcap=2.5, window_left=1000)
         assert not remembers.latest[0].is_like((q.as_subclass(Other), *rest))
 
-    def test_keeps_the_latest_few(self):
+    def test_keeps_the_latest_few_and_makes_each_once(self, monkeypatch):
+        """In turn, more than are kept: found by their signature, and no guards are made again."""
+        made, original = [], memory._Latest.__init__
+        monkeypatch.setattr(memory._Latest, "__init__", lambda *args: (made.append(1), original(*args))[1])
         remembers = Memory(FLATTEN)
         calls = [self.args((1, 8, 2, n)) for n in range(1, 30)]
         for args in calls:
             remembers.keep(signature_of(args), FLATTEN(*args), max)
-            assert ran(remembers.recall(args))
-        assert len(remembers.latest) == memory._MOST_LATEST
-        assert all(ran(remembers.recall(args)) for args in calls)
+        for _ in range(3):
+            assert all(ran(remembers.recall(args)) for args in calls)
+        assert len(remembers.latest) == memory._MOST_LATEST and len(made) == len(calls)
+
+    def test_what_a_signature_leaves_out_is_bounded_too(self):
+        remembers, args = Memory(FLATTEN), self.args()
+        remembers.keep(signature_of(args), FLATTEN(*args), max)
+        for flags in itertools.product((False, True), repeat=3):
+            for x, flag in zip(args, flags, strict=False):
+                x.requires_grad_(flag)
+            found = remembers.recall(args)
+            assert ran(found) and found.skeleton == ((Variant(), ()),)
+        assert [len(known) for known in remembers.guarded.values()] == [memory._MOST_OF_ONE]
+
+    def test_memory_that_was_given_back(self):
+        remembers, args = Memory(FLATTEN), self.args()
+        remembers.keep(signature_of(args), FLATTEN(*args), max)
+        assert ran(remembers.recall(args))
+        args[1].untyped_storage().resize_(0)
+        assert remembers.recall(args) is None
 
     def test_float32_is_asked_for_its_precision_every_time(self):
         remembers, args = Memory(FLATTEN), tuple(x.float() if isinstance(x, torch.Tensor) else x for x in self.args())
-        remembers.keep(signature_of(args), FLATTEN(*args), max)
         before = torch.get_float32_matmul_precision()
         try:
             torch.set_float32_matmul_precision("highest")
-            found = remembers.recall(args)
+            remembers.keep(signature_of(args), FLATTEN(*args), max)
+            assert ran(remembers.recall(args)) and not remembers.latest
             torch.set_float32_matmul_precision("high")
-            assert remembers.recall(args) is None or found is None
+            assert remembers.recall(args) is None
         finally:
             torch.set_float32_matmul_precision(before)
-        assert not remembers.latest
 
     def test_nothing_is_found_after_clear(self, remembers):
         remembers.clear()

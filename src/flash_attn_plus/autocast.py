@@ -40,6 +40,8 @@ def excluded():
 
 def casts(x: Tensor) -> bool:
     """Whether a q, k or v of this kind would be cast now."""
+    if not isinstance(x, Tensor):
+        return False  # the operator says what it expected
     kind = x.device.type
     if kind not in _TYPES and kind != _device_type("PrivateUse1"):
         return False

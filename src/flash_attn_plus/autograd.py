@@ -21,7 +21,7 @@ from . import states
 from .library import LIBRARY, bind, flatten, has_bias_gradient, overload, parse, written_arguments
 from .schemas import SCHEMAS, Variant
 
-_Function = torch.autograd.function._SingleLevelFunction
+_SingleLevelFunction = torch.autograd.function._SingleLevelFunction
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _below_in_place = torch._C._AutoDispatchBelowADInplaceOrView
 _after_in_place = torch._C._after_ADInplaceOrView_keyset
@@ -29,6 +29,12 @@ _any_requires_grad = torch._C._any_requires_grad
 _transforms_active = torch._C._are_functorch_transforms_active
 _forward_mode = forward_ad._set_fwd_grad_enabled
 from torch._functorch.utils import enable_single_level_autograd_function as _single_level  # noqa: E402
+
+
+class _Function(_SingleLevelFunction):
+    """What classes below have in common with ``torch.autograd.Function``: compiled autograd asks for it."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
 
 def _call_below(op: Callable, args: tuple):
@@ -54,12 +60,14 @@ def _named(function: type, name: str) -> type:
 
 
 class Way(NamedTuple):
-    """What runs backward: the operators themselves, or what goes past the dispatcher in their place (eager.py). Both
+    """What runs backward: the operators themselves, or what goes past the dispatcher in their place (eager.py). All
     take structured arguments (library.parse).
     """
 
     backward: Callable
-    backward_into: Callable
+    # For joint inputs: what writes into given tensors, and whether it may, by the tensors that it takes.
+    backward_into: Callable | None = None
+    may_write: Callable[[Sequence[Tensor | None]], bool] | None = None
 
 
 class Attention(NamedTuple):
@@ -69,10 +77,10 @@ class Attention(NamedTuple):
     separate: type
     # The same where q, k and v (or k and v) are views of one tensor, which stands in their place among the tensors. Its
     # gradient is one tensor too: the backward writes into views of it.
-    packed: type
+    joint: type
 
 
-Packed = tuple[Tensor, Tensor | None]  # (qkv, None) or (q, kv)
+Joint = tuple[Tensor, Tensor | None]  # (qkv, None) or (q, kv)
 Skeleton = tuple[tuple[NamedTuple, tuple[str, ...]], ...]  # what has names; which of these are tensors, left out
 
 
@@ -82,16 +90,16 @@ def apply(
     way: Way,
     structured: tuple,
     skeleton: Skeleton | None = None,
-    packed: Packed | None = None,
+    joint: Joint | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out, lse of ``run_forward(*structured)``, on the tape. ``skeleton`` is known where no option is a tensor."""
     options: Sequence[Tensor] = ()
     if skeleton is None:
         skeleton, options = _take_apart(structured[3:])
-    if packed is None:
+    if joint is None:
         return classes.separate.apply(run_forward, way, structured, skeleton, *structured[:3], *options)
-    inputs = packed[:1] if packed[1] is None else packed
-    return classes.packed.apply(run_forward, way, structured, skeleton, *inputs, *options)
+    inputs = joint[:1] if joint[1] is None else joint
+    return classes.joint.apply(run_forward, way, structured, skeleton, *inputs, *options)
 
 
 def _take_apart(named: tuple) -> tuple[Skeleton, list[Tensor]]:
@@ -171,7 +179,7 @@ def _attention(forward_name: str) -> Attention:
 
         jvp = _no_forward_mode(forward_name)
 
-    class Packed(_Function):
+    class JointInputs(_Function):
         @staticmethod
         def forward(ctx, run_forward, way, structured, skeleton, *tensors):
             out, lse = run_forward(*structured)
@@ -188,33 +196,33 @@ def _attention(forward_name: str) -> Attention:
             count, (*tensors, out, lse) = ctx.count, ctx.saved_tensors
             if dout is None:
                 dout = torch.zeros_like(out)
-            packed, named = tensors[:count], _put_together(ctx.skeleton, tensors[count:])
+            joint, named = tensors[:count], _put_together(ctx.skeleton, tensors[count:])
             need, needs = ctx.needs_input_grad[4 : 4 + count], of_options(ctx, count)
             need_dbias = needs.get("attn_bias", False) and has_bias_gradient(named[-1].attn_bias)
-            saved = (dout, *unpack(packed), out, lse, dlse)
-            if torch.is_grad_enabled():  # create_graph: only what an operator returns has a history
-                *grads, dsink, dbias = ctx.way.backward(*saved, *named, True, True, need_dbias)
-                of_packed = pack(grads, count)
+            saved = (dout, *split(joint), out, lse, dlse)
+            if ctx.way.may_write((dout, dlse, *tensors)):
+                grads = [x.new_empty(x.shape) if wanted else None for x, wanted in zip(joint, need, strict=True)]
+                dsink, dbias = ctx.way.backward_into(*saved, *split(grads), *named, need_dbias)
             else:
-                of_packed = [x.new_empty(x.shape) if wanted else None for x, wanted in zip(packed, need, strict=True)]
-                dsink, dbias = ctx.way.backward_into(*saved, *unpack(of_packed), *named, need_dbias)
-            of_packed = (grad if wanted else None for grad, wanted in zip(of_packed, need, strict=True))
+                *separate, dsink, dbias = ctx.way.backward(*saved, *named, True, True, need_dbias)
+                grads = join(separate, count)
+            grads = (grad if wanted else None for grad, wanted in zip(grads, need, strict=True))
             of_variant = gradients(needs, named[-1], dsink, dbias if need_dbias else None)
-            return None, None, None, None, *of_packed, *of_variant
+            return None, None, None, None, *grads, *of_variant
 
         jvp = _no_forward_mode(forward_name)
 
-    return Attention(_named(Separate, forward_name), _named(Packed, forward_name))
+    return Attention(_named(Separate, forward_name), _named(JointInputs, forward_name))
 
 
-def unpack(packed: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def split(joint: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """(qkv,) or (q, kv) -> views q, k, v, or None of None. The axis of the parts is the one before the heads."""
-    *whole, last = packed
+    *whole, last = joint
     parts = 3 - len(whole)
     return *whole, *((None,) * parts if last is None else last.unbind(-3))
 
 
-def pack(separate: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+def join(separate: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
     """Three tensors -> (qkv,) or (q, kv)."""
     return *separate[: count - 1], torch.stack(separate[count - 1 :], -3)
 
@@ -310,7 +318,10 @@ def _version_kernel(name: str) -> Callable:
     op, written = overload(name), written_arguments(name)
 
     def kernel(keys, *args):
-        torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
+        tensors = [args[i] for i in written if args[i] is not None]
+        if any(x.is_inference() for x in tensors) and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"flash_attn_plus::{name}: an inference tensor is written into outside InferenceMode")
+        torch.autograd.graph.increment_version(tensors)
         with _below_in_place():
             return op.redispatch(keys & _after_in_place, *args)
 
@@ -326,10 +337,7 @@ def _attention_kernel(name: str, classes: Attention, backward_name: str) -> Call
         return lambda *structured: call(op, flatten(name, structured))
 
     run_forward = operator_of(name, _call_below)
-    backward, backward_into = (
-        operator_of(n, lambda op, args: op(*args)) for n in (backward_name, f"{backward_name}_into")
-    )
-    way = Way(backward, backward_into)
+    way = Way(operator_of(backward_name, lambda op, args: op(*args)))
     return lambda *args: apply(classes, run_forward, way, parse(name, args))
 
 

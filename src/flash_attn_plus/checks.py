@@ -253,6 +253,15 @@ def _into(q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None,
             _expect_device(name, grad, q)
             _type(grad.dtype == q.dtype, "{}: expected dtype {} (q's), got {}", name, q.dtype, grad.dtype)
             _type(grad.layout is torch.strided, "{}: expected a strided tensor, got layout {}", name, grad.layout)
+            # Inductor (at least to 2.13) drops such offsets of what an operator writes into: wrong without a word. Not
+            # "not implemented", which Dynamo takes for a graph break, to go on inside of what is called here.
+            _value(
+                isinstance(grad.storage_offset(), int),
+                "{}: expected a tensor whose place in its memory does not depend on symbolic sizes, got offset {}; "
+                "give it memory of its own, or compile with dynamic=False",
+                name,
+                grad.storage_offset(),
+            )
             for size, stride in zip(grad.shape, grad.stride(), strict=True):
                 _value(
                     (size <= 1) | (stride != 0),

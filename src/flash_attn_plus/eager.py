@@ -11,7 +11,7 @@ Not seen: kernels that another library registers over this one's, and observers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -24,18 +24,21 @@ from .schemas import Variant, Varlen
 # Private names of PyTorch; test/test_eager.py fails when one goes.
 _DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
 _included_keys = torch._C._dispatch_tls_local_include_set
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_transforms_active = torch._C._are_functorch_transforms_active
 _any_requires_grad = torch._C._any_requires_grad
 _any_autocast = torch._C._is_any_autocast_enabled
 _profiling = torch.autograd._profiler_enabled
 
-# Keys that every thread sends its calls through. Modes, transforms and tracers add theirs; what a thread excludes can
-# only make the way shorter.
+# Keys that every thread sends its calls through. Modes, transforms and tracers add theirs. What a thread excludes makes
+# the way shorter; Autograd is asked for where it would record.
 _INFERENCE = _DispatchKeySet(_DispatchKey.BackendSelect)
 _USUAL = _INFERENCE | _DispatchKeySet(_DispatchKey.ADInplaceOrView)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-Packed = autograd.Packed
+Joint = autograd.Joint
 
 
 def _only_gradients(x: Tensor) -> bool:
@@ -80,33 +83,59 @@ class _Backward:
         return _without_autocast(found.run)(*structured)
 
 
+def _may_be_joint(joint: Joint) -> bool:
+    """Whether q, k and v may go on the tape as the tensor that they are views of. A mode, which may be there forward
+    and gone in a recomputation, changes nothing: what is saved must not depend on it.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return False
+    if _transforms_active() or _is_included(_DispatchKey.PreDispatch):
+        return False
+    return _are_plain(joint)
+
+
+def _are_plain(tensors: Iterable[Tensor | None]) -> bool:
+    return all(x is None or x.__class__ in _PLAIN for x in tensors)
+
+
+def _may_write(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the backward may write the gradients of joint inputs: nobody sees it, nothing differentiates it."""
+    one = tensors[0] if tensors[0] is not None else tensors[-1]
+    return not torch.is_grad_enabled() and _are_plain(tensors) and _only_gradients(one)
+
+
 class _Forward:
     """The way to a forward operator."""
 
     def __init__(self, name: str, classes: autograd.Attention, backward_name: str) -> None:
         self.name, self.op, self.memory = name, library.overload(name), library.memory_of(name)
         self.classes = classes
-        self.way = autograd.Way(_Backward(backward_name), _Backward(f"{backward_name}_into"))
+        self.way = autograd.Way(_Backward(backward_name), _Backward(f"{backward_name}_into"), _may_write)
 
-    def __call__(self, structured: tuple, packed: Packed | None):
+    def __call__(self, structured: tuple, joint: Joint | None):
         q, k, v = structured[:3]
-        if not (isinstance(q, Tensor) and _only_gradients(q)):
+        if not isinstance(q, Tensor):
+            return self._cross(*structured)
+        quick = _only_gradients(q)
+        if joint is not None and not _may_be_joint(joint):
+            joint = None
+        if not quick and joint is None:
             return self._cross(*structured)
         if _any_autocast() and any(autocast.casts(x) for x in (q, k, v)):
             return self._cross(*structured)
-        found = None if _is_watched() else self.memory.recall(structured)
+        found = self.memory.recall(structured) if quick and not _is_watched() else None
         skeleton = None if found is None else found.skeleton
         records = torch.is_grad_enabled()
         if records:  # the way through all options only where tensors may be among them
             records = _any_requires_grad(*((q, k, v) if skeleton else library.flatten(self.name, structured)))
+            # As inside a custom operator, whose own gradient is recorded instead.
+            records = records and not _is_excluded(_DispatchKey.AutogradFunctionality)
         if not records:
             return self._cross(*structured) if found is None else _without_autocast(found.run)(*structured)
-        if packed is not None and not all(x is None or x.__class__ in _PLAIN for x in packed):
-            packed = None
-        if found is None and packed is None:
+        if found is None and joint is None:
             return self._cross(*structured)
         run = self._cross if found is None else _without_autocast(found.run)
-        return autograd.apply(self.classes, run, self.way, structured, skeleton, packed)
+        return autograd.apply(self.classes, run, self.way, structured, skeleton, joint)
 
     def _cross(self, *structured):
         return self.op(*library.flatten(self.name, structured))
@@ -116,11 +145,11 @@ _fwd = _Forward("fwd", autograd.DENSE, "bwd")
 _varlen_fwd = _Forward("varlen_fwd", autograd.VARLEN, "varlen_bwd")
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, variant: Variant, packed: Packed | None = None) -> tuple[Tensor, Tensor]:
-    return _fwd((q, k, v, variant), packed)
+def fwd(q: Tensor, k: Tensor, v: Tensor, variant: Variant, joint: Joint | None = None) -> tuple[Tensor, Tensor]:
+    return _fwd((q, k, v, variant), joint)
 
 
 def varlen_fwd(
-    q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant, packed: Packed | None = None
+    q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant, joint: Joint | None = None
 ) -> tuple[Tensor, Tensor]:
-    return _varlen_fwd((q, k, v, layout, variant), packed)
+    return _varlen_fwd((q, k, v, layout, variant), joint)

@@ -137,7 +137,7 @@ def _dense(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    packed: eager.Packed | None,
+    joint: eager.Joint | None,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
@@ -156,7 +156,7 @@ def _dense(
         *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
         deterministic,
     )
-    out, lse = eager.fwd(q, k, v, variant, packed)
+    out, lse = eager.fwd(q, k, v, variant, joint)
     if return_attn_probs:
         return out, lse, _s_dmask("s_dmask", q, k, variant)
     return (out, lse) if return_lse else out
@@ -280,7 +280,7 @@ def _varlen(
     k: Tensor,
     v: Tensor,
     layout: Varlen,
-    packed: eager.Packed | None,
+    joint: eager.Joint | None,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
@@ -299,7 +299,7 @@ def _varlen(
         *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
         deterministic,
     )
-    out, lse = eager.varlen_fwd(q, k, v, layout, variant, packed)
+    out, lse = eager.varlen_fwd(q, k, v, layout, variant, joint)
     if return_attn_probs:
         return out, lse, _s_dmask("varlen_s_dmask", q, k, variant, layout)
     return (out, lse) if return_lse else out

@@ -10,7 +10,8 @@ from torch import Tensor
 from . import device
 
 _MOST_SIGNATURES = 4096
-_MOST_LATEST = 8
+_MOST_LATEST = 4
+_MOST_OF_ONE = 4
 _VALUES = frozenset((type(None), bool, int, torch.dtype))
 
 
@@ -59,7 +60,9 @@ class Memory:
     def __init__(self, flatten: Callable) -> None:
         self.flatten = flatten
         self.runs: dict[tuple, Callable] = {}
-        self.latest: tuple[_Latest, ...] = ()
+        self.latest: tuple[_Latest, ...] = ()  # the last one first
+        # Of each signature. There are few: to make one takes longer than to find what ran without it.
+        self.guarded: dict[tuple, list[_Latest]] = {}
 
     def find(self, of_call: tuple | None) -> Callable | None:
         return self.runs.get(of_call)
@@ -78,17 +81,26 @@ class Memory:
         for latest in self.latest:
             if latest.is_like(structured):
                 return latest
-        run = self.runs.get(signature(self.flatten(*structured)))
+        of_call = signature(self.flatten(*structured))
+        run = self.runs.get(of_call)
         if run is None:
             return None
         if _GUARDS is None or structured[0].dtype is torch.float32:
             return Found(run)
-        latest = _Latest(structured, run)
-        self.latest = (latest, *self.latest[: _MOST_LATEST - 1])
-        return latest
+        # Several of one signature differ in what it leaves out: who requires a gradient, autocast, one tensor twice.
+        known = self.guarded.setdefault(of_call, [])
+        found = next((latest for latest in known if latest.is_like(structured)), None)
+        if found is None:
+            if len(known) == _MOST_OF_ONE:
+                return Found(run, known[0].skeleton)
+            found = _Latest(structured, run)
+            known.append(found)
+        self.latest = (found, *self.latest[: _MOST_LATEST - 1])
+        return found
 
     def clear(self) -> None:
         self.runs.clear()
+        self.guarded.clear()
         self.latest = ()
 
 
@@ -137,7 +149,10 @@ class _Latest(Found):
             if _at(structured, place) is not _at(structured, first):
                 return False
         tensors = [structured[i] if j is None else structured[i][j] for i, j in self.places]
-        return self.guards.check(*tensors) and [x.data_ptr() % 16 for x in tensors] == self.alignments
+        if not self.guards.check(*tensors):
+            return False
+        addresses = [x.data_ptr() for x in tensors]
+        return 0 not in addresses and [address % 16 for address in addresses] == self.alignments
 
 
 _GUARDS = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
