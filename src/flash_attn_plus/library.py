@@ -92,10 +92,10 @@ def _attention_flattener(name: str) -> Callable:
     end, in_order = count + len(parts), places == sorted(places)
 
     def flatten(*structured) -> tuple:  # nothing here that Dynamo could not trace
-        flat = list(structured[:count])
+        flat = [*structured[:count]]
         for part in structured[count:end]:
-            flat += part
-        flat += structured[end:]
+            flat = [*flat, *part]
+        flat = [*flat, *structured[end:]]
         return tuple(flat) if in_order else tuple([flat[i] for i in places])
 
     return flatten
