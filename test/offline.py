@@ -105,8 +105,8 @@ class _Direct(launch.Direct):
         super().__init__(compiled, *args)
 
     def __call__(self, tensors: tuple, rest: tuple, stream: int) -> None:
-        def record(function, x, y, z, warps, shared, letters, arguments, stream) -> None:
-            told = letters, arguments, list(_expected(self.launch_of, (*tensors, *rest)))
+        def record(arguments, stream) -> None:
+            told = self.letters, arguments, list(_expected(self.launch_of, (*tensors, *rest)))
             launched.setdefault(self.launch_of, []).append(told)
 
         self.launch = record

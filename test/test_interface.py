@@ -11,7 +11,7 @@ import torch
 from expecttest import TestCase
 
 import flash_attn_plus as fap
-from flash_attn_plus import reference
+from flash_attn_plus import interface, reference
 from flash_attn_plus.schemas import Variant, Varlen
 
 FUNCTIONS = [
@@ -124,6 +124,31 @@ class TestNormalisation:
             fap.flash_attn_func(q, k, v, causal=True, window_size=(2, 2)),
             fap.flash_attn_func(q, k, v, window_size=(2, 0)),
         )
+
+    def test_equal_options_are_one_object(self, monkeypatch):
+        """What a call is compared with by identity (memory.py); of options that are only equal, each is what it was."""
+        monkeypatch.setattr(interface, "_known_variants", {})
+        monkeypatch.setattr(interface, "_MOST_KNOWN_VARIANTS", 4)
+
+        def variant(scale=0.5, causal=True, window=(2, 1), softcap=1.0, deterministic=True, bias=None):
+            return interface._variant(scale, causal, window, softcap, None, bias, None, 0.0, None, deterministic)
+
+        assert variant() is variant(scale=1.0 / 2, window=(3 - 1, 1))
+        others = [dict(causal=1), dict(window=[2, 1]), dict(window=(2, True)), dict(softcap=1), dict(deterministic=1)]
+        for other in others:
+            assert variant() == variant(**other) and variant() is not variant(**other)
+        assert variant(scale=1).softmax_scale.__class__ is int and variant(scale=1.0).softmax_scale.__class__ is float
+        with pytest.raises(TypeError, match="window_size"):
+            variant(window=(2.0, 1))
+        bias = torch.zeros(2, 2)
+        assert variant(bias=bias) is not variant(bias=bias)
+        for scale in range(9):
+            assert variant(scale=float(scale)).softmax_scale == scale
+        assert len(interface._known_variants) <= 4
+        # A compiled graph is not guarded by what is known.
+        compiled = torch.compile(variant, backend="eager", fullgraph=True)
+        assert compiled() == variant() and compiled(softcap=3.0).softcap == 3.0
+        assert all(known.softcap == 1.0 for known in interface._known_variants.values())
 
     def test_max_seqlen_may_be_a_tensor(self):
         q, k, v = tensors(*[(6, 1, 4)] * 3)

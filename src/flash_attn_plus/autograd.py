@@ -89,13 +89,10 @@ def apply(
     run_forward: Callable,
     way: Way,
     structured: tuple,
-    skeleton: Skeleton | None = None,
     joint: Joint | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out, lse of ``run_forward(*structured)``, on the tape. ``skeleton`` is known where no option is a tensor."""
-    options: Sequence[Tensor] = ()
-    if skeleton is None:
-        skeleton, options = _take_apart(structured[3:])
+    """out, lse of ``run_forward(*structured)``, on the tape."""
+    skeleton, options = _take_apart(structured[3:])
     if joint is None:
         return classes.separate.apply(run_forward, way, structured, skeleton, *structured[:3], *options)
     inputs = joint[:1] if joint[1] is None else joint
@@ -115,6 +112,8 @@ def _take_apart(named: tuple) -> tuple[Skeleton, list[Tensor]]:
 
 
 def _put_together(skeleton: Skeleton, tensors: Sequence[Tensor]) -> list[NamedTuple]:
+    if not tensors:
+        return [part for part, _ in skeleton]
     named, rest = [], iter(tensors)
     for part, names in skeleton:
         named.append(part._replace(**{name: next(rest) for name in names}) if names else part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -36,11 +37,15 @@ def allows_tf32() -> bool:
 _current_cuda_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
-def is_current(device: torch.device) -> bool:
-    """Whether kernels are launched there now."""
+def current_index(device: torch.device) -> Callable[[], int | None]:
+    """What tells the index of the device of that type where kernels are launched now."""
     if device.type == "cuda":
-        return _current_cuda_device() == device.index
-    return device.type == "cpu" or torch.accelerator.current_device_index() == device.index
+        return _current_cuda_device
+    return _no_index if device.type == "cpu" else torch.accelerator.current_device_index
+
+
+def _no_index() -> None:
+    """Of the one that has none."""
 
 
 def current(device: torch.device):

@@ -19,10 +19,12 @@ import torch.autograd.profiler as profiler
 from torch import Tensor
 
 from . import autocast, autograd, library
+from .memory import Found, Memory
 from .schemas import Variant, Varlen
 
 # Private names of PyTorch; test/test_eager.py fails when one goes.
 _DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
+_count_modes = torch._C._len_torch_dispatch_stack
 _included_keys = torch._C._dispatch_tls_local_include_set
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
@@ -41,8 +43,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 Joint = autograd.Joint
 
 
+def _is_observed() -> bool:
+    """Whether a mode, a profiler (of this thread, of all threads) or forward-mode gradients want to see every call."""
+    if _count_modes() or _profiling():
+        return True
+    return profiler._is_profiler_enabled or forward_ad._current_level >= 0
+
+
 def _only_gradients(x: Tensor) -> bool:
-    """Whether calls with this tensor stay what they are, but for gradients, casts and being watched."""
+    """Whether calls with this tensor stay what they are, but for gradients, casts and being observed."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
     if x.is_mps:  # MPS has an autocast that ``_any_autocast`` leaves out
@@ -50,14 +59,13 @@ def _only_gradients(x: Tensor) -> bool:
     return _included_keys() in (_USUAL, _INFERENCE)
 
 
-def _is_watched() -> bool:
-    return _profiling() or profiler._is_profiler_enabled  # in this thread, in all threads
+def _find(memory: Memory, structured: tuple, one: Tensor) -> Found | None:
+    """What runs, past the dispatcher; it is not among the latest."""
+    return memory.recall(structured) if _only_gradients(one) and not _is_observed() else None
 
 
 def _without_autocast(run: Callable) -> Callable:
     """Kernels never run under autocast."""
-    if not _any_autocast():
-        return run
 
     def call(*structured):
         with autocast.excluded():
@@ -75,12 +83,12 @@ class _Backward:
         self.name, self.op, self.memory = name, library.overload(name), library.memory_of(name)
 
     def __call__(self, *structured):
-        found = None
-        if not torch.is_grad_enabled() and _only_gradients(structured[0]) and not _is_watched():
-            found = self.memory.recall(structured)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_observed():
+            return self.op(*library.flatten(self.name, structured))
+        found = self.memory.latest_like(structured) or _find(self.memory, structured, structured[0])
         if found is None:
             return self.op(*library.flatten(self.name, structured))
-        return _without_autocast(found.run)(*structured)
+        return (_without_autocast(found.run) if _any_autocast() else found.run)(*structured)
 
 
 def _may_be_joint(joint: Joint) -> bool:
@@ -112,7 +120,32 @@ class _Forward:
         self.classes = classes
         self.way = autograd.Way(_Backward(backward_name), _Backward(f"{backward_name}_into"), _may_write)
 
-    def __call__(self, structured: tuple, joint: Joint | None):
+    def __call__(self, structured: tuple, joint: Joint | None = None) -> tuple[Tensor, Tensor]:
+        """out, lse. ``structured`` as library.parse gives it; ``joint`` where q, k and v are views of that."""
+        if torch.compiler.is_compiling():
+            return self._cross(*structured)
+        q = structured[0]
+        latest = None if _is_observed() else self.memory.latest_like(structured)
+        if latest is None:
+            return self._with_care(structured, joint)
+        run = latest.run
+        if _any_autocast():
+            if autocast.casts(q):
+                return self._cross(*structured)
+            run = _without_autocast(run)
+        if not (latest.records and torch.is_grad_enabled()):
+            return run(*structured)
+        options = [structured[i][j] for i, j in latest.options]
+        if joint is None or not _may_be_joint(joint):
+            return self.classes.separate.apply(
+                run, self.way, structured, latest.skeleton, q, structured[1], structured[2], *options
+            )
+        return self.classes.joint.apply(
+            run, self.way, structured, latest.skeleton, *(x for x in joint if x is not None), *options
+        )
+
+    def _with_care(self, structured: tuple, joint: Joint | None) -> tuple[Tensor, Tensor]:
+        """Every other call."""
         q, k, v = structured[:3]
         if not isinstance(q, Tensor):
             return self._cross(*structured)
@@ -123,19 +156,14 @@ class _Forward:
             return self._cross(*structured)
         if _any_autocast() and any(autocast.casts(x) for x in (q, k, v)):
             return self._cross(*structured)
-        found = self.memory.recall(structured) if quick and not _is_watched() else None
-        skeleton = None if found is None else found.skeleton
-        records = torch.is_grad_enabled()
-        if records:  # the way through all options only where tensors may be among them
-            records = _any_requires_grad(*((q, k, v) if skeleton else library.flatten(self.name, structured)))
-            # As inside a custom operator, whose own gradient is recorded instead.
-            records = records and not _is_excluded(_DispatchKey.AutogradFunctionality)
-        if not records:
-            return self._cross(*structured) if found is None else _without_autocast(found.run)(*structured)
-        if found is None and joint is None:
+        found = _find(self.memory, structured, q)
+        records = torch.is_grad_enabled() and _any_requires_grad(*library.flatten(self.name, structured))
+        # As inside a custom operator, whose own gradient is recorded instead.
+        records = records and not _is_excluded(_DispatchKey.AutogradFunctionality)
+        if found is None and (joint is None or not records):
             return self._cross(*structured)
-        run = self._cross if found is None else _without_autocast(found.run)
-        return autograd.apply(self.classes, run, self.way, structured, skeleton, joint)
+        run = self._cross if found is None else _without_autocast(found.run) if _any_autocast() else found.run
+        return autograd.apply(self.classes, run, self.way, structured, joint) if records else run(*structured)
 
     def _cross(self, *structured):
         return self.op(*library.flatten(self.name, structured))
@@ -145,11 +173,11 @@ _fwd = _Forward("fwd", autograd.DENSE, "bwd")
 _varlen_fwd = _Forward("varlen_fwd", autograd.VARLEN, "varlen_bwd")
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, variant: Variant, joint: Joint | None = None) -> tuple[Tensor, Tensor]:
-    return _fwd((q, k, v, variant), joint)
+def fwd(structured: tuple[Tensor, Tensor, Tensor, Variant], joint: Joint | None = None) -> tuple[Tensor, Tensor]:
+    return _fwd(structured, joint)
 
 
 def varlen_fwd(
-    q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant, joint: Joint | None = None
+    structured: tuple[Tensor, Tensor, Tensor, Varlen, Variant], joint: Joint | None = None
 ) -> tuple[Tensor, Tensor]:
-    return _varlen_fwd((q, k, v, layout, variant), joint)
+    return _varlen_fwd(structured, joint)

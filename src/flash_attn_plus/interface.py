@@ -112,13 +112,43 @@ def _variant(
     deterministic: bool,
 ) -> Variant:
     """The functions' options as the operators take them: windows as two ints, attn_bias with four dimensions."""
+    key = None
+    if not torch.compiler.is_compiling() and alibi_slopes is None and attn_bias is None and sink is rng_state is None:
+        key = _key(softmax_scale, causal, window_size, softcap, deterministic)
+        known = _known_variants.get(key)
+        if known is not None:
+            return known
     left, right = _window(window_size)
     while attn_bias is not None and attn_bias.dim() < 4:
         attn_bias = attn_bias.unsqueeze(0)
-    return Variant(
+    variant = Variant(
         *(softmax_scale, causal, left, right, None, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
         deterministic,
     )
+    if key is not None:
+        if len(_known_variants) >= _MOST_KNOWN_VARIANTS:
+            _known_variants.clear()
+        _known_variants[key] = variant
+    return variant
+
+
+# The same object for the same options: what compares it (memory.py) need not look inside.
+_known_variants: dict[tuple | None, Variant] = {}
+_MOST_KNOWN_VARIANTS = 256
+
+
+def _key(softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, deterministic: Any) -> tuple | None:
+    """Of options that are what they should be; None of others, which may only be equal to these."""
+    if window_size.__class__ is not tuple or len(window_size) != 2:
+        return None
+    left, right = window_size
+    if left.__class__ is not int or right.__class__ is not int or softcap.__class__ is not float:
+        return None
+    if causal.__class__ is not bool or deterministic.__class__ is not bool:
+        return None
+    if softmax_scale is not None and softmax_scale.__class__ is not float:
+        return None
+    return softmax_scale, causal, left, right, softcap, deterministic
 
 
 def _check_returns(return_attn_probs: bool, return_lse: bool) -> None:
@@ -156,7 +186,7 @@ def _dense(
         *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
         deterministic,
     )
-    out, lse = eager.fwd(q, k, v, variant, joint)
+    out, lse = eager.fwd((q, k, v, variant), joint)
     if return_attn_probs:
         return out, lse, _s_dmask("s_dmask", q, k, variant)
     return (out, lse) if return_lse else out
@@ -299,7 +329,7 @@ def _varlen(
         *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
         deterministic,
     )
-    out, lse = eager.varlen_fwd(q, k, v, layout, variant, joint)
+    out, lse = eager.varlen_fwd((q, k, v, layout, variant), joint)
     if return_attn_probs:
         return out, lse, _s_dmask("varlen_s_dmask", q, k, variant, layout)
     return (out, lse) if return_lse else out

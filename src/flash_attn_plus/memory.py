@@ -46,12 +46,10 @@ def signature(args: tuple) -> tuple | None:
 class Found:
     """What ran for a call of the same signature."""
 
-    __slots__ = ("run", "skeleton")
+    __slots__ = ("run",)
 
-    def __init__(self, run: Callable, skeleton: tuple | None = None) -> None:
+    def __init__(self, run: Callable) -> None:
         self.run = run
-        # (Varlen or Variant, no names) of each, always the same objects; None where tensors are among them.
-        self.skeleton = skeleton
 
 
 class Memory:
@@ -60,9 +58,9 @@ class Memory:
     def __init__(self, flatten: Callable) -> None:
         self.flatten = flatten
         self.runs: dict[tuple, Callable] = {}
-        self.latest: tuple[_Latest, ...] = ()  # the last one first
+        self.latest: tuple[Latest, ...] = ()  # the last one first
         # Of each signature. There are few: to make one takes longer than to find what ran without it.
-        self.guarded: dict[tuple, list[_Latest]] = {}
+        self.guarded: dict[tuple, list[Latest]] = {}
 
     def find(self, of_call: tuple | None) -> Callable | None:
         return self.runs.get(of_call)
@@ -74,13 +72,19 @@ class Memory:
             self.clear()
         self.runs[of_call] = run
 
-    def recall(self, structured: tuple) -> Found | None:
-        """``find``, for callers in front of the dispatcher: in a fraction of the time where the call is like one of the
-        latest ones.
+    def latest_like(self, structured: tuple) -> Latest | None:
+        """``recall`` in a fraction of the time, where the call is like one of the latest ones that it was asked for.
+
+        That one was asked for while this thread included and excluded the same keys of the dispatcher, but for Python:
+        while the same transforms, C++ tracers and autocasts were there, or none.
         """
         for latest in self.latest:
             if latest.is_like(structured):
                 return latest
+        return None
+
+    def recall(self, structured: tuple) -> Found | None:
+        """``find``, for callers in front of the dispatcher."""
         of_call = signature(self.flatten(*structured))
         run = self.runs.get(of_call)
         if run is None:
@@ -92,8 +96,8 @@ class Memory:
         found = next((latest for latest in known if latest.is_like(structured)), None)
         if found is None:
             if len(known) == _MOST_OF_ONE:
-                return Found(run, known[0].skeleton)
-            found = _Latest(structured, run)
+                return Found(run)
+            found = Latest(structured, run)
             known.append(found)
         self.latest = (found, *self.latest[: _MOST_LATEST - 1])
         return found
@@ -104,29 +108,33 @@ class Memory:
         self.latest = ()
 
 
-class _Latest(Found):
-    """The arguments of a call, compared with those of others by what guards compiled graphs: dispatch keys, dtype,
-    device, shape and strides of all tensors at once, in C++. Not for float32, where a global setting counts too.
+class Latest(Found):
+    """The arguments of a call, compared with those of others by what guards compiled graphs: dispatch keys (with those
+    that this thread includes and excludes), dtype, device, shape, strides and requires_grad of all tensors at once, in
+    C++. Not for float32, where a global setting counts too.
     """
 
-    __slots__ = ("again", "alignments", "guards", "parts", "places", "rest")
+    __slots__ = ("again", "alignments", "guards", "options", "parts", "places", "records", "rest", "skeleton")
 
     def __init__(self, structured: tuple, run: Callable) -> None:
+        super().__init__(run)
+        # What stands for the parts on the tape (autograd.Skeleton), and the places of the tensors that it leaves out.
+        self.skeleton, self.options = [], []
         # (place, None) of a tensor, (place, place in a part) of a tensor in Varlen or Variant.
         at, self.parts, self.rest = [], [], []
         for i, x in enumerate(structured):
             if isinstance(x, Tensor):
                 at.append((i, None))
             elif isinstance(x, tuple):
-                inner = [(i, j) for j, y in enumerate(x) if isinstance(y, Tensor)]
-                at += inner
+                names = tuple([name for name, y in zip(x._fields, x, strict=True) if isinstance(y, Tensor)])
+                self.options += [(i, x._fields.index(name)) for name in names]
                 # The object itself where it can be: the next one is often the same.
-                part = x._replace(**{x._fields[j]: Tensor for _, j in inner}) if inner else x
-                self.parts.append((i, part, bool(inner)))
+                self.parts.append((i, x._replace(**dict.fromkeys(names, Tensor)) if names else x, bool(names)))
+                self.skeleton.append((x._replace(**dict.fromkeys(names)) if names else x, names))
             else:
                 self.rest.append((i, x))
-        plain = not any(has_tensors for _, _, has_tensors in self.parts)
-        super().__init__(run, tuple((part, ()) for _, part, _ in self.parts) if plain else None)
+        self.skeleton = tuple(self.skeleton)
+        at += self.options
         # The first place of each tensor, and those where it comes again, as cu_seqlens often do.
         firsts: dict[int, tuple] = {}
         tensors = [_at(structured, place) for place in at]
@@ -137,6 +145,8 @@ class _Latest(Found):
         sizes, strides = ([list(f(x)) for x in tensors] for f in (Tensor.size, Tensor.stride))
         self.guards = _GUARDS(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self.alignments = [x.data_ptr() % 16 for x in tensors]
+        # Whether autograd would record such a call where it is enabled.
+        self.records = any(x.requires_grad for x in tensors) and not _is_excluded(_AUTOGRAD)
 
     def is_like(self, structured: tuple) -> bool:
         for i, x in self.rest:
@@ -155,6 +165,8 @@ class _Latest(Found):
         return 0 not in addresses and [address % 16 for address in addresses] == self.alignments
 
 
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _GUARDS = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 
 

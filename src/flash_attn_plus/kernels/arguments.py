@@ -14,6 +14,8 @@ from ..schemas import Variant, Varlen, band
 from ..strides import has_contiguous_rows, strides_of
 from . import scores, tiles
 
+_is_deterministic = getattr(torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled)
+
 # Farther than any row is from any column, and small enough that three of them add up in 32 bits.
 _FARTHEST = 1 << 29
 
@@ -25,13 +27,16 @@ class Result:
         self.dtype = dtype
         shape = tuple(shape)  # not a torch.Size, which the quick function does not take
         strides = torch.empty(shape, dtype=dtype, device="meta").stride()
-        self._empty = functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=on)
+        self.slowly = functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=on)
         quick = device.quick_empty(on)
-        self._quick = functools.partial(quick, shape, strides, dtype) if quick else self._empty
+        self.quickly = functools.partial(quick, shape, strides, dtype) if quick else self.slowly
 
-    def empty(self) -> Tensor:
-        # PyTorch's own function fills with NaN where it is told to.
-        return self._empty() if torch.are_deterministic_algorithms_enabled() else self._quick()
+
+def empty(*results: Result | None) -> list[Tensor | None]:
+    # PyTorch's own function fills with NaN where it is told to.
+    if _is_deterministic():
+        return [None if result is None else result.slowly() for result in results]
+    return [None if result is None else result.quickly() for result in results]
 
 
 class Common:

@@ -126,7 +126,6 @@ class BackwardInto(Prepared):
         if sums[2] and programs:
             strips = max(1, min(row_tiles, _BIAS_PROGRAMS // programs))
         self.dbias = arguments.Result(bias.shape, bias.dtype, self.device)
-        self.dbias_parts = self.dbias
         if strips > 1:
             self.dbias_parts = arguments.Result((strips, *bias.shape), torch.float32, self.device)
         self.bias_tiles = (row_tiles, column_tiles, strips)
@@ -137,7 +136,7 @@ class BackwardInto(Prepared):
             **dict(zip(("SUM_BATCH", "SUM_HEADS", "SUM_ROWS", "SUM_COLUMNS"), sums, strict=True)),
         )
 
-    def run(
+    def __call__(
         self,
         dout: Tensor,
         q: Tensor,
@@ -153,19 +152,29 @@ class BackwardInto(Prepared):
         need_dbias: bool,
         varlen: Varlen | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        dsink = None if self.dsink is None else self.dsink.empty()
+        if self.current_index() != self.index:
+            return self.elsewhere(dout, q, k, v, out, lse, dlse, dq, dk, dv, variant, need_dbias, varlen)
+        return self.fill(
+            *(dout, q, k, v, out, lse, dlse, dq, dk, dv, variant, varlen),
+            *arguments.empty(self.statistics, self.dsink, self.dbias),
+        )
+
+    def fill(
+        self, dout, q, k, v, out, lse, dlse, dq, dk, dv, variant, varlen, statistics, dsink, dbias
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """On the current device, into memory that may hold anything."""
         if self.no_sequences:
-            for grad in (dq, dk, dv):
+            for grad in (dq, dk, dv, dbias):
                 if grad is not None:
                     grad.zero_()
-            return dsink, None if self.dbias is None else self.dbias.empty().zero_()
+            return dsink, dbias
         if self.copies:
             dout, q, k, v, out = map(contiguous_rows, (dout, q, k, v, out))
         given = (dq, dk, dv)
         if self.copies_back:
             dq, dk, dv = (x if x is None or has_contiguous_rows(x) else x.new_empty(x.shape) for x in given)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-        common, statistics = self.common(q, k, variant, varlen), self.statistics.empty()
+        common = self.common.fixed or self.common(q, k, variant, varlen)
         if self.queries is not None:
             rest = self.rest_q or (*self.strides_q, *common)
             self.queries((q, k, v, dout, out, lse, dlse, statistics, dq), rest)
@@ -184,14 +193,20 @@ class BackwardInto(Prepared):
             for to, grad in zip(given, (dq, dk, dv), strict=True):
                 if to is not grad:
                     to.copy_(grad)
-        return dsink, None if self.dbias is None else self._bias_gradient(q, k, v, dout, statistics, common)
+        if dbias is not None:
+            self._fill_bias_gradient(q, k, v, dout, statistics, common, dbias)
+        return dsink, dbias
 
-    def _bias_gradient(self, q, k, v, dout, statistics, common) -> Tensor:
+    def _fill_bias_gradient(self, q, k, v, dout, statistics, common, dbias) -> None:
         if self.bias is None:
-            return self.dbias.empty().zero_()
-        parts = self.dbias_parts.empty()
+            dbias.zero_()
+            return
+        parts = dbias
+        if self.dbias_parts is not None:
+            (parts,) = arguments.empty(self.dbias_parts)
         self.bias((q, k, v, dout, statistics, parts), (*self.strides_bias, *common, *self.bias_tiles))
-        return parts if self.dbias_parts is self.dbias else parts.sum(0).to(self.dbias.dtype)
+        if parts is not dbias:
+            dbias.copy_(parts.sum(0))
 
 
 class Backward(BackwardInto):
@@ -217,7 +232,7 @@ class Backward(BackwardInto):
         like = (torch.empty(x.shape, dtype=x.dtype, device="meta") if need else None for x, need in needed)
         super().__init__(dout, q, k, v, out, lse, dlse, *like, variant, need_dbias, varlen)
 
-    def run(
+    def __call__(
         self,
         dout: Tensor,
         q: Tensor,
@@ -232,6 +247,7 @@ class Backward(BackwardInto):
         need_dbias: bool,
         varlen: Varlen | None = None,
     ) -> tuple[Tensor | None, ...]:
-        grads = [None if grad is None else grad.empty() for grad in self.grads]
-        rest = super().run(dout, q, k, v, out, lse, dlse, *grads, variant, need_dbias, varlen)
-        return *grads, *rest
+        if self.current_index() != self.index:
+            return self.elsewhere(dout, q, k, v, out, lse, dlse, variant, need_dq, need_dkv, need_dbias, varlen)
+        dq, dk, dv, *own = arguments.empty(*self.grads, self.statistics, self.dsink, self.dbias)
+        return dq, dk, dv, *self.fill(dout, q, k, v, out, lse, dlse, dq, dk, dv, variant, varlen, *own)

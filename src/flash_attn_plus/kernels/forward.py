@@ -170,8 +170,10 @@ class Forward(Prepared):
             options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
         )
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None = None):
-        out, lse = self.out.empty(), self.lse.empty()
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None = None):
+        if self.current_index() != self.index:
+            return self.elsewhere(q, k, v, variant, varlen)
+        out, lse = arguments.empty(self.out, self.lse)
         if self.empty:
             return out, lse
         if self.no_sequences:

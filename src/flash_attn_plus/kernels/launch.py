@@ -7,6 +7,7 @@ decides which kernel it is, and all of its arguments but the addresses of tensor
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -87,20 +88,20 @@ class Direct:
         if any(scratch):
             raise NotImplementedError("a kernel that needs memory of its own")
         signature = [compiled.src.signature[name] for name in compiled.src.fn.arg_names]
-        self.present = [i for i, x in enumerate(tensors) if x is not None]
-        if any(signature[i][0] != "*" for i in self.present):
+        present = [i for i, x in enumerate(tensors) if x is not None]
+        if any(signature[i][0] != "*" for i in present):
             raise NotImplementedError("tensors that are no pointers")
         # Where in ``rest`` the kernel's other arguments are: (place, place in a tuple or None).
-        self.places, letters = [], ["O"] * len(self.present)
+        self.places, letters = [], ["O"] * len(present)
         for place, kind in _leaves(signature[len(tensors) : len(tensors) + len(rest)]):
             self.places.append(place)
             letters.append("O" if kind[0] == "*" else _LETTERS[kind])
-        self.pointers = [i for i, letter in enumerate(letters[len(self.present) :]) if letter == "O"]
+        self.pointers = [i for i, letter in enumerate(letters[len(present) :]) if letter == "O"]
         self.hidden = (None,) * sum(size is not None for size in scratch)
         self.letters = "".join(letters) + "O" * len(self.hidden)
-        self.rest, self.values = None, ()
-        self.head = (compiled.function, programs, 1, 1, metadata.num_warps, metadata.shared, self.letters)
-        self.launch = device.static_launcher()
+        self.rest, self.behind = None, ()
+        head = (compiled.function, programs, 1, 1, metadata.num_warps, metadata.shared, self.letters)
+        self.launch = functools.partial(device.static_launcher(), *head)
 
     @classmethod
     def of(cls, compiled, programs: int, tensors: tuple, rest: tuple) -> Direct | None:
@@ -111,18 +112,19 @@ class Direct:
             return None
 
     def __call__(self, tensors: tuple[Tensor | None, ...], rest: tuple, stream: int) -> None:
-        values = self.values if rest is self.rest else self._values(rest)
-        arguments = (*[tensors[i].data_ptr() for i in self.present], *values, *self.hidden)
-        self.launch(*self.head, arguments, stream)
+        behind = self.behind if rest is self.rest else self._behind(rest)
+        self.launch((*[x.data_ptr() for x in tensors if x is not None], *behind), stream)
 
-    def _values(self, rest: tuple) -> tuple:
+    def _behind(self, rest: tuple) -> tuple:
+        """What stands behind the tensors."""
         values = [rest[i] if j is None else rest[i][j] for i, j in self.places]
         for i in self.pointers:
             values[i] = values[i].data_ptr()
+        behind = (*values, *self.hidden)
         if not self.pointers:  # the same numbers in every call, in the same tuple if the caller keeps it
-            self.values = tuple(values)
+            self.behind = behind
             self.rest = rest  # last: another thread may be about to compare it
-        return tuple(values)
+        return behind
 
 
 def _leaves(signature: list) -> Iterator[tuple[tuple[int, int | None], str]]:
@@ -140,13 +142,14 @@ def _leaves(signature: list) -> Iterator[tuple[tuple[int, int | None], str]]:
 
 
 class Prepared:
-    """Launches that are prepared for arguments of one signature; ``run`` runs them with such arguments."""
+    """Launches that are prepared for arguments of one signature. Calling it runs them with such arguments: on their
+    device (``elsewhere`` where ``current_index() != index``).
+    """
 
     def __init__(self, on: torch.device) -> None:
-        self.device = on
+        self.device, self.index, self.current_index = on, on.index, device.current_index(on)
 
-    def __call__(self, *args):
-        if device.is_current(self.device):
-            return self.run(*args)
+    def elsewhere(self, *args):
+        """The call, while another device is the current one."""
         with device.current(self.device):
-            return self.run(*args)
+            return self(*args)
