@@ -41,11 +41,7 @@ def current_index(device: torch.device) -> Callable[[], int | None]:
     """What tells the index of the device of that type where kernels are launched now."""
     if device.type == "cuda":
         return _current_cuda_device
-    return _no_index if device.type == "cpu" else torch.accelerator.current_device_index
-
-
-def _no_index() -> None:
-    """Of the one that has none."""
+    return (lambda: device.index) if device.type == "cpu" else torch.accelerator.current_device_index
 
 
 def current(device: torch.device):
