@@ -1,6 +1,6 @@
 """Compiles the rows of plan.py for one target and prints what each takes, as JSON. Run by test_compile_gate.py.
 
-python test/compile_gate.py sm_90 forward 2,4 causal options
+python test/compile_gate.py sm_90 forward 2 causal
 """
 
 from __future__ import annotations
@@ -72,21 +72,19 @@ def given_again(launch: Launch) -> bool:
     return list(given) == expected and letters.replace("l", "O") == offline.parameters(launch.compiled)
 
 
-def main(arch: str, direction: str, sizes: list[int], kinds: list[str]) -> None:
+def main(arch: str, direction: str, size: int, kind: str) -> None:
     offline.install(arch)
     launches = {"forward": forward_launches, "backward": backward_launches}[direction]
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     for itemsize, dim in plan.FORWARD[arch]:
-        dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
-        for kind in kinds:
-            if itemsize not in sizes or (kind == "tf32" and itemsize != 4):
-                continue
-            torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
-            for name, tiles, launch in launches(*problem(kind, dtype, dim)):
-                row = {"itemsize": itemsize, "dim": dim, "kind": kind, "pass": name, "plan": tiles}
-                if arch.startswith("sm_"):
-                    row["again"] = given_again(launch)
-                print(json.dumps({**row, **offline.measure(launch.compiled)._asdict()}), flush=True)
+        if itemsize != size:
+            continue
+        for name, tiles, launch in launches(*problem(kind, {2: torch.bfloat16, 4: torch.float32}[size], dim)):
+            row = {"itemsize": size, "dim": dim, "kind": kind, "pass": name, "plan": tiles}
+            if arch.startswith("sm_"):
+                row["again"] = given_again(launch)
+            print(json.dumps({**row, **offline.measure(launch.compiled)._asdict()}), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], list(map(int, sys.argv[3].split(","))), sys.argv[4:])
+    main(*sys.argv[1:3], int(sys.argv[3]), sys.argv[4])

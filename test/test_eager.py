@@ -39,9 +39,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     return flash_attn_plus.flash_attn_func(q, k, v, causal=True, **options)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     q, k, v = (x.squeeze(0) for x in (q, k, v))
-    return flash_attn_plus.flash_attn_varlen_func(q, k, v, OFFSETS, OFFSETS, 5, 5, causal=True).unsqueeze(0)
+    return flash_attn_plus.flash_attn_varlen_func(q, k, v, OFFSETS, OFFSETS, 5, 5, causal=True, **options).unsqueeze(0)
 
 
 def recalled(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -116,6 +116,78 @@ def test_results_are_those_of_the_operator():
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
 
 
+@pytest.mark.parametrize("_dtype", [torch.bfloat16], indirect=True, ids=str)
+class TestTheQuickestWay:
+    """From the third call of a kind on, no signature is made; the second one's guards tell."""
+
+    @staticmethod
+    def check(function, tensors: tuple[Tensor, ...], monkeypatch) -> None:
+        """The same results and gradients in every call, and who made signatures."""
+        made, original = [], memory_module.signature
+        counted = lambda args: (made.append(1), original(args))[1]  # noqa: E731
+        monkeypatch.setattr(memory_module, "signature", counted)
+        monkeypatch.setattr(library, "signature", counted)
+        results = []
+        for _ in range(4):
+            made.clear()
+            out = function(*tensors)
+            grads = torch.autograd.grad(out.float().square().sum(), [x for x in tensors if x.requires_grad])
+            results.append((out, *grads))
+        assert not made
+        for result in results:
+            assert all(map(torch.equal, result, results[0]))
+
+    @pytest.mark.parametrize("function", [dense, packed])
+    def test_has_no_signatures(self, function, monkeypatch):
+        self.check(function, inputs(requires_grad=True), monkeypatch)
+
+    @pytest.mark.parametrize("function", [dense, packed])
+    def test_with_tensors_among_the_options(self, function, monkeypatch):
+        """Several: each goes to its own place."""
+        bias, sink = torch.randn(1, 2, 8, 8), torch.randn(2)
+        slopes = torch.tensor([0.5, 0.25])
+
+        def attention(q, k, v, bias, sink):
+            return function(q, k, v, attn_bias=bias, sink=sink, alibi_slopes=slopes)
+
+        if function is packed:
+            bias = bias[..., :5, :5].contiguous()
+        self.check(attention, (*inputs(requires_grad=True), bias.requires_grad_(), sink.requires_grad_()), monkeypatch)
+
+    @pytest.mark.parametrize("kv", [False, True])
+    def test_of_joint_inputs(self, kv, monkeypatch):
+        """One gradient of one tensor, written by the backward, in every call."""
+        q, k, v = (x.clone() for x in inputs())
+        if kv:
+            tensors, function = (q, torch.stack((k, v), 2)), flash_attn_plus.flash_attn_kvpacked_func
+        else:
+            tensors, function = (torch.stack((q, k, v), 2),), flash_attn_plus.flash_attn_qkvpacked_func
+        tensors = tuple(x.requires_grad_() for x in tensors)
+        self.check(function, tensors, monkeypatch)
+        out = function(*tensors)
+        assert out.grad_fn.next_functions[-len(tensors)][0].variable is tensors[0]  # not a view of it
+        # Where it may not be joint it is not.
+        monkeypatch.setattr(eager, "_may_be_joint", lambda joint: False)
+        out = function(*tensors)
+        assert "Unbind" in str(out.grad_fn.next_functions)
+
+    def test_records_nothing_where_the_operator_would_not(self):
+        """Inference tensors look like others below autograd."""
+
+        def tensors(inference: bool) -> tuple[Tensor, ...]:
+            with torch.inference_mode(inference):
+                return tuple(x.clone().requires_grad_() for x in inputs())
+
+        dense(*tensors(False))
+        for _ in range(3):
+            assert not dense(*tensors(True)).requires_grad
+            with torch._C._AutoDispatchBelowAutograd():
+                assert not dense(*tensors(False)).requires_grad
+            assert dense(*tensors(False)).requires_grad
+            with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+                dense(tensors(True)[0], *tensors(False)[1:])
+
+
 @pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
 def test_without_gradients(context, crossings):
     x = inputs()
@@ -157,8 +229,9 @@ class TestGradients:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             expected = self.step(dtype=torch.bfloat16)
             crossings.calls = 0
-            actual = self.step(dtype=torch.bfloat16)
-        assert crossings.calls == 0 and all(map(torch.equal, actual, expected))
+            for _ in range(3):
+                assert all(map(torch.equal, self.step(dtype=torch.bfloat16), expected))
+        assert crossings.calls == 0
 
     def test_none_are_recorded_where_autograd_is_excluded(self):
         """Inside a custom operator, whose own gradient is recorded: in every call, not only in the first."""
@@ -176,9 +249,17 @@ class TestGradients:
 
     def test_compiled_autograd(self):
         x = inputs(requires_grad=True)
-        expected = torch.autograd.grad(dense(*x).square().sum(), x)
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        for _ in range(4):
+            expected = torch.autograd.grad(dense(*x).square().sum(), x)
+        seen = set()
+
+        def backend(module, _):
+            seen.update(node.target for node in module.graph.nodes)
+            return module.forward
+
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend)):
             dense(*x).square().sum().backward()
+        assert torch.ops.flash_attn_plus.bwd.default in seen
         torch.testing.assert_close(tuple(tensor.grad for tensor in x), expected)
 
     def test_create_graph_keeps_history(self):
@@ -215,11 +296,22 @@ class TestGradients:
         assert torch.equal(k.grad, expected) and out.grad_fn is not None
 
     def test_the_profiler_sees_both(self):
+        for _ in range(4):
+            self.step()
         for _ in range(2):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 self.step()
             names = {event.key for event in profile.key_averages()}
             assert {"flash_attn_plus::fwd", "flash_attn_plus::bwd"} <= names
+
+    def test_the_profiler_sees_the_backward_alone(self):
+        for _ in range(4):
+            self.step()
+        x = inputs(requires_grad=True)
+        out = dense(*x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            out.float().sum().backward()
+        assert "flash_attn_plus::bwd" in {event.key for event in profile.key_averages()}
 
 
 class Sees(TorchDispatchMode):
@@ -295,6 +387,8 @@ class TestWhoeverListensIsAsked:
         config = torch._C._profiler._ExperimentalConfig(profile_all_threads=everywhere)
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, experimental_config=config) as profile:
+            if not everywhere:  # this thread knows by itself
+                torch.autograd.profiler._is_profiler_enabled = False
             dense(*inputs())
         assert "flash_attn_plus::fwd" in {event.key for event in profile.key_averages()}
 

@@ -29,7 +29,7 @@ class Floor(NamedTuple):
 FLOORS = {
     "__init__": Floor("autocast autograd flops interface padding vmap", outside=""),
     "interface": Floor("eager library schemas", on_call="reference"),
-    "eager": Floor("autocast autograd library schemas"),
+    "eager": Floor("autocast autograd library memory schemas"),
     "autograd": Floor("library states schemas"),
     "autocast": Floor("library"),
     "vmap": Floor("library schemas"),

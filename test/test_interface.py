@@ -130,12 +130,12 @@ class TestNormalisation:
         monkeypatch.setattr(interface, "_known_variants", {})
         monkeypatch.setattr(interface, "_MOST_KNOWN_VARIANTS", 4)
 
-        def variant(scale=0.5, causal=True, window=(2, 1), softcap=1.0, deterministic=True, bias=None):
-            return interface._variant(scale, causal, window, softcap, None, bias, None, 0.0, None, deterministic)
+        def variant(scale=0.5, causal=True, window=(2, 1), softcap=1.0, dropout_p=0.0, deterministic=True, bias=None):
+            return interface._variant(scale, causal, window, softcap, None, bias, None, dropout_p, None, deterministic)
 
         assert variant() is variant(scale=1.0 / 2, window=(3 - 1, 1))
         others = [dict(causal=1), dict(window=[2, 1]), dict(window=(2, True)), dict(softcap=1), dict(deterministic=1)]
-        for other in others:
+        for other in (*others, dict(dropout_p=0), dict(dropout_p=False)):
             assert variant() == variant(**other) and variant() is not variant(**other)
         assert variant(scale=1).softmax_scale.__class__ is int and variant(scale=1.0).softmax_scale.__class__ is float
         with pytest.raises(TypeError, match="window_size"):
@@ -149,6 +149,18 @@ class TestNormalisation:
         compiled = torch.compile(variant, backend="eager", fullgraph=True)
         assert compiled() == variant() and compiled(softcap=3.0).softcap == 3.0
         assert all(known.softcap == 1.0 for known in interface._known_variants.values())
+
+    @pytest.mark.parametrize("wrong", [-0.5, 1.0, float("nan")])
+    def test_a_wrong_probability_is_one_every_time_and_no_other(self, wrong, monkeypatch):
+        monkeypatch.setattr(interface, "_known_variants", {})
+        q, k, v = tensors(*[(1, 6, 1, 4)] * 3, dtype=torch.bfloat16)
+        expected = fap.flash_attn_func(q, k, v)
+        for options in ({}, {"softcap": 2.0}):
+            for function in (fap.explain, fap.flash_attn_func, fap.flash_attn_func):
+                with pytest.raises(ValueError, match="dropout_p"):
+                    function(q, k, v, dropout_p=wrong, **options)
+                function(q, k, v, **options)
+        assert torch.equal(fap.flash_attn_func(q, k, v, dropout_p=0), expected)
 
     def test_max_seqlen_may_be_a_tensor(self):
         q, k, v = tensors(*[(6, 1, 4)] * 3)

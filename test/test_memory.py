@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from flash_attn_plus import library, memory
+from flash_attn_plus import device, library, memory
 from flash_attn_plus.memory import Memory
 from flash_attn_plus.schemas import Variant
 
@@ -109,7 +109,17 @@ def ran(found: memory.Found | None) -> bool:
     return found is not None and found.run is max
 
 
-@pytest.mark.skipif(memory._GUARDS is None, reason="this PyTorch has no TensorGuards")
+def test_what_pytorch_is_expected_to_have():
+    """Each has something slower in its place, which would go unnoticed."""
+    assert memory._GUARDS is not None
+    assert device.quick_empty(torch.device("cpu")) is not None
+    arguments = pytest.importorskip("flash_attn_plus.kernels.arguments", reason="imports Triton")
+    assert arguments._is_deterministic is torch._C._get_deterministic_algorithms
+    if torch.version.cuda:
+        assert device._current_cuda_device is torch._C._cuda_getDevice
+        assert device.static_launcher() is not None
+
+
 class TestLatest:
     """The quick form. What it finds is what the signature finds; where it is not sure it asks that."""
 

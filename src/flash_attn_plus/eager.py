@@ -112,6 +112,14 @@ def _may_write(tensors: Sequence[Tensor | None]) -> bool:
     return not torch.is_grad_enabled() and _are_plain(tensors) and _only_gradients(one)
 
 
+def _is_recorded(args: tuple) -> bool:
+    """Whether autograd, where it is enabled, would record a call with these arguments."""
+    # As inside a custom operator, whose own gradient is recorded instead.
+    if not _any_requires_grad(*args) or _is_excluded(_DispatchKey.AutogradFunctionality):
+        return False
+    return not all(x.is_inference() for x in args if isinstance(x, Tensor))
+
+
 class _Forward:
     """The way to a forward operator."""
 
@@ -157,9 +165,7 @@ class _Forward:
         if _any_autocast() and any(autocast.casts(x) for x in (q, k, v)):
             return self._cross(*structured)
         found = _find(self.memory, structured, q)
-        records = torch.is_grad_enabled() and _any_requires_grad(*library.flatten(self.name, structured))
-        # As inside a custom operator, whose own gradient is recorded instead.
-        records = records and not _is_excluded(_DispatchKey.AutogradFunctionality)
+        records = torch.is_grad_enabled() and _is_recorded(library.flatten(self.name, structured))
         if found is None and (joint is None or not records):
             return self._cross(*structured)
         run = self._cross if found is None else _without_autocast(found.run) if _any_autocast() else found.run

@@ -114,7 +114,7 @@ def _variant(
     """The functions' options as the operators take them: windows as two ints, attn_bias with four dimensions."""
     key = None
     if not torch.compiler.is_compiling() and alibi_slopes is None and attn_bias is None and sink is rng_state is None:
-        key = _key(softmax_scale, causal, window_size, softcap, deterministic)
+        key = _key(softmax_scale, causal, window_size, softcap, dropout_p, deterministic)
         known = _known_variants.get(key)
         if known is not None:
             return known
@@ -137,14 +137,18 @@ _known_variants: dict[tuple | None, Variant] = {}
 _MOST_KNOWN_VARIANTS = 256
 
 
-def _key(softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, deterministic: Any) -> tuple | None:
-    """Of options that are what they should be; None of others, which may only be equal to these."""
+def _key(
+    softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, dropout_p: Any, deterministic: Any
+) -> tuple | None:
+    """Of options that are what they should be, without dropout; None of others, which may only be equal to these."""
     if window_size.__class__ is not tuple or len(window_size) != 2:
         return None
     left, right = window_size
     if left.__class__ is not int or right.__class__ is not int or softcap.__class__ is not float:
         return None
     if causal.__class__ is not bool or deterministic.__class__ is not bool:
+        return None
+    if dropout_p.__class__ is not float or dropout_p != 0.0:
         return None
     if softmax_scale is not None and softmax_scale.__class__ is not float:
         return None

@@ -75,8 +75,8 @@ class Memory:
     def latest_like(self, structured: tuple) -> Latest | None:
         """``recall`` in a fraction of the time, where the call is like one of the latest ones that it was asked for.
 
-        That one was asked for while this thread included and excluded the same keys of the dispatcher, but for Python:
-        while the same transforms, C++ tracers and autocasts were there, or none.
+        Its tensors had the same keys of the dispatcher, with those that this thread included and without those that it
+        excluded: the same transforms, C++ tracers and autocasts were there, or none. Modes are not seen.
         """
         for latest in self.latest:
             if latest.is_like(structured):
@@ -145,8 +145,10 @@ class Latest(Found):
         sizes, strides = ([list(f(x)) for x in tensors] for f in (Tensor.size, Tensor.stride))
         self.guards = _GUARDS(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self.alignments = [x.data_ptr() % 16 for x in tensors]
-        # Whether autograd would record such a call where it is enabled.
-        self.records = any(x.requires_grad for x in tensors) and not _is_excluded(_AUTOGRAD)
+        # Whether autograd would record such a call where it is enabled. Inference tensors look like others where the
+        # thread excludes autograd; both are not recorded.
+        seen = not _is_excluded(_AUTOGRAD) and not all(x.is_inference() for x in tensors)
+        self.records = seen and any(x.requires_grad for x in tensors)
 
     def is_like(self, structured: tuple) -> bool:
         for i, x in self.rest:

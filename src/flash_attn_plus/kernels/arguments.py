@@ -24,7 +24,6 @@ class Result:
     """A contiguous tensor that a kernel fills, on the current device."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, on: torch.device) -> None:
-        self.dtype = dtype
         shape = tuple(shape)  # not a torch.Size, which the quick function does not take
         strides = torch.empty(shape, dtype=dtype, device="meta").stride()
         self.slowly = functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=on)
@@ -52,8 +51,6 @@ class Common:
         self.fixed = (self.group, *self.layout, *self.options) if self.layout and self.options else None
 
     def __call__(self, q: Tensor, k: Tensor, variant: Variant, varlen: Varlen | None) -> tuple:
-        if self.fixed is not None:
-            return self.fixed
         layout = self.layout or self._layout(q, k, varlen)
         return self.group, *layout, *(self.options or self._options(q, variant))
 
