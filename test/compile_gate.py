@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus import plan
-from flash_attn_plus.kernels import arguments, backward, forward
+from flash_attn_plus.kernels import arguments, backward, forward, rotary
 from flash_attn_plus.kernels.launch import Launch
-from flash_attn_plus.schemas import Variant, Varlen
+from flash_attn_plus.schemas import Rotation, Variant, Varlen
 
 SEQLEN, HEADS = 1024, 2
 
@@ -64,6 +64,27 @@ def backward_launches(
             yield name, getattr(row, name, None), launch
 
 
+# (head_dim, rotary_dim)
+ROTATED = ((64, 64), (128, 128), (192, 64), (59, 32))
+
+
+def rotation_launches(kind: str, dtype: torch.dtype, dims: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
+    """Pairs of halves and interleaved ones. ``kind`` is "dense" or "varlen"."""
+    head_dim, rotary_dim = dims
+    x, table = torch.empty(2, SEQLEN, HEADS, head_dim, dtype=dtype), torch.empty(SEQLEN, rotary_dim // 2, dtype=dtype)
+    options = {}
+    if kind == "varlen":
+        x, options = x[0], {"cu_seqlens": torch.zeros(3, dtype=torch.int32), "seqlen_offsets": torch.zeros(2).long()}
+    for interleaved in (False, True):
+        for in_place in (False, True):
+            rotation = Rotation(table, table, interleaved=interleaved, conjugate=in_place, **options)
+            prepared = rotary.Rotary(x, rotation, in_place)
+            for _ in range(2):
+                prepared(x, rotation)
+            how = ("interleaved" if interleaved else "halves") + (" in place" if in_place else "")
+            yield f"{rotary_dim} rotated, {how}", prepared.launch
+
+
 def given_again(launch: Launch) -> bool:
     """Whether the second call went through PyTorch's launcher and gave the kernel what Triton's own would have given
     it, in the types of its PTX.
@@ -74,16 +95,25 @@ def given_again(launch: Launch) -> bool:
 
 def main(arch: str, direction: str, size: int, kind: str) -> None:
     offline.install(arch)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[size]
+
+    def report(dim: int, name: str, tiles: plan.Plan | None, launch: Launch) -> None:
+        row = {"itemsize": size, "dim": dim, "kind": kind, "pass": name, "plan": tiles}
+        if arch.startswith("sm_"):
+            row["again"] = given_again(launch)
+        print(json.dumps({**row, **offline.measure(launch.compiled)._asdict()}), flush=True)
+
+    if direction == "rotary":
+        for dims in ROTATED:
+            for name, launch in rotation_launches(kind, dtype, dims):
+                report(dims[0], name, None, launch)
+        return
     launches = {"forward": forward_launches, "backward": backward_launches}[direction]
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     for itemsize, dim in plan.FORWARD[arch]:
-        if itemsize != size:
-            continue
-        for name, tiles, launch in launches(*problem(kind, {2: torch.bfloat16, 4: torch.float32}[size], dim)):
-            row = {"itemsize": size, "dim": dim, "kind": kind, "pass": name, "plan": tiles}
-            if arch.startswith("sm_"):
-                row["again"] = given_again(launch)
-            print(json.dumps({**row, **offline.measure(launch.compiled)._asdict()}), flush=True)
+        if itemsize == size:
+            for name, tiles, launch in launches(*problem(kind, dtype, dim)):
+                report(dim, name, tiles, launch)
 
 
 if __name__ == "__main__":

@@ -431,6 +431,7 @@ def test_private_names_of_pytorch_are_there():
         assert hasattr(torch._C, name), name
     for name in ("_AutoDispatchBelowADInplaceOrView", "_after_ADInplaceOrView_keyset"):
         assert hasattr(torch._C, name), name
+    assert callable(torch._C._autograd._get_creation_meta)
     assert hasattr(torch.autograd.forward_ad, "_set_fwd_grad_enabled")
     assert isinstance(torch.autograd.forward_ad._current_level, int)
     assert callable(autograd._single_level)

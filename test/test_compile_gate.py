@@ -287,3 +287,21 @@ def test_every_row_of_the_backward_compiles(arch, size, kind, triton):
     assert found == expected
     for row in rows:
         check(arch, row)
+
+
+def rotary_cases() -> Iterator:
+    for arch, size, kind in itertools.product(plan.FORWARD, (2, 4), ("dense", "varlen")):
+        yield case(arch, size, kind, None, quick=size == 2 and arch in ("sm_90", "gfx942"))
+    for triton in OTHERS:
+        for arch, kind in itertools.product(("sm_90", "gfx942"), ("dense", "varlen")):
+            yield case(arch, 2, kind, triton, quick=arch == "sm_90" and kind == "dense")
+
+
+@pytest.mark.parametrize("arch, size, kind, triton", list(rotary_cases()))
+def test_the_rotation_compiles(arch, size, kind, triton):
+    rows = compiled(arch, "rotary", kind, size, triton)
+    assert len(rows) == 16  # four head dimensions, two kinds of pairs, in place or not
+    for row in rows:
+        assert row["stack"] <= 16, row  # of masks: ptxas moves some predicates there, with registers to spare
+        assert row["shared"] <= SHARED[arch], row
+        assert row.get("again", True), f"launched again, it is not given what it takes: {row}"

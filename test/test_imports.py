@@ -27,20 +27,35 @@ class Floor(NamedTuple):
 
 # From the roof down. A new file needs a row; a row that needs more than it has is a change of the architecture.
 FLOORS = {
-    "__init__": Floor("autocast autograd flops interface padding vmap", outside=""),
+    "__main__": Floor("diagnosis", outside=""),
+    "diagnosis": Floor("__init__ device native selfcheck"),
+    "selfcheck": Floor("__init__ reference schemas"),
+    "dropin.flash_attn_2_cuda": Floor("as_flash_attn schemas", outside="torch flash_attn"),
+    "dropin.flash_attn.__init__": Floor("dropin.flash_attn.flash_attn_interface as_flash_attn", outside=""),
+    "dropin.flash_attn.flash_attn_interface": Floor("__init__ as_flash_attn schemas"),
+    "dropin.flash_attn.bert_padding": Floor("as_flash_attn padding"),
+    "dropin.flash_attn.layers.__init__": Floor(outside=""),
+    "dropin.flash_attn.layers.rotary": Floor("as_flash_attn rotary", outside="torch flash_attn"),
+    "dropin.flash_attn.ops.__init__": Floor(outside=""),
+    "dropin.flash_attn.ops.triton.__init__": Floor(outside=""),
+    "dropin.flash_attn.ops.triton.rotary": Floor("__init__ as_flash_attn"),
+    "as_flash_attn": Floor("__init__", outside="flash_attn"),
+    "__init__": Floor("autocast autograd flops interface padding rotary vmap", outside=""),
+    "rotary": Floor("checks_rotary interface library schemas"),
     "interface": Floor("eager library schemas", on_call="reference"),
     "eager": Floor("autocast autograd library memory schemas"),
     "autograd": Floor("library states schemas"),
     "autocast": Floor("library"),
     "vmap": Floor("library schemas"),
     "flops": Floor("library schemas"),
-    "library": Floor("checks memory native schemas"),
+    "library": Floor("checks checks_rotary memory native schemas"),
     "memory": Floor("device"),
-    "cpu": Floor("checks into native rowblocks states strides schemas"),
+    "cpu": Floor("checks checks_rotary into log native rotate rowblocks states strides schemas"),
     "gpu": Floor(
-        "device into plan rowblocks states schemas", on_call="kernels.arguments kernels.backward kernels.forward"
+        "device into log plan rotate rowblocks states schemas",
+        on_call="kernels.arguments kernels.backward kernels.forward kernels.rotary",
     ),
-    "anywhere": Floor("checks into rowblocks states schemas"),
+    "anywhere": Floor("checks into log rotate rowblocks states schemas"),
     "kernels.forward": Floor(
         "kernels.arguments kernels.launch kernels.scores kernels.softmax kernels.tiles device plan strides schemas",
         outside="torch triton",
@@ -54,8 +69,9 @@ FLOORS = {
     "kernels.backward_options": Floor(
         "kernels.scores kernels.softmax kernels.statistics kernels.tiles", outside="triton"
     ),
+    "kernels.rotary": Floor("kernels.arguments kernels.launch kernels.tiles strides schemas", outside="torch triton"),
     "kernels.arguments": Floor("kernels.scores kernels.tiles device plan strides schemas"),
-    "kernels.launch": Floor("device", outside="torch triton"),
+    "kernels.launch": Floor("device log", outside="torch triton"),
     "kernels.scores": Floor("kernels.softmax", outside="triton"),
     "kernels.softmax": Floor(outside="triton"),
     "kernels.statistics": Floor(outside="triton"),
@@ -67,8 +83,11 @@ FLOORS = {
     "rowblocks_scores": Floor("philox schemas"),
     "native": Floor(),
     "reference": Floor("schemas"),  # the oracle shares no code with what it judges
+    "checks_rotary": Floor("checks schemas"),
     "checks": Floor("schemas"),
+    "rotate": Floor("schemas"),
     "into": Floor(),
+    "log": Floor(),
     "states": Floor(),
     "strides": Floor(),
     "philox": Floor("schemas"),
@@ -211,6 +230,9 @@ assert packed.grad.isfinite().all()
 state = fap.flash_attn_func(*qkv.detach().unbind(2), return_lse=True)
 assert fap.merge_states(*state, *state)[0].isfinite().all()
 fap.explain(*qkv.detach().unbind(2))
+
+rotated = fap.RotaryEmbedding(16)(torch.randn(2, 9, 3, 2, 16, requires_grad=True) * 1.0)
+backward(rotated, fap.apply_rotary_emb(packed[:, 0], *torch.randn(2, 9, 8), cu_seqlens=cu_seqlens, max_seqlen=longest))
 """
 
 

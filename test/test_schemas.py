@@ -13,7 +13,7 @@ from expecttest import assert_expected_inline
 
 import flash_attn_plus  # noqa: F401  (registers the schemas)
 from flash_attn_plus import schemas
-from flash_attn_plus.schemas import SCHEMAS, Variant, Varlen
+from flash_attn_plus.schemas import SCHEMAS, Rotation, Variant, Varlen
 
 ATTENTION = ["fwd", "bwd", "bwd_into", "varlen_fwd", "varlen_bwd", "varlen_bwd_into"]
 VARLEN = [name for name in ATTENTION if name.startswith("varlen")]
@@ -50,6 +50,8 @@ flash_attn_plus::bwd_into
 flash_attn_plus::combine
 flash_attn_plus::fwd
 flash_attn_plus::merge_states
+flash_attn_plus::rotary
+flash_attn_plus::rotary_
 flash_attn_plus::varlen_bwd
 flash_attn_plus::varlen_bwd_into
 flash_attn_plus::varlen_fwd""",
@@ -270,6 +272,27 @@ ScalarType? out_dtype=None
 ) -> (Tensor out, Tensor lse)""",
         )
 
+    @pytest.mark.parametrize("name", ["rotary", "rotary_"])
+    def test_rotary(self, name: str) -> None:
+        shown = one_argument_a_line(name)
+        if name == "rotary_":
+            shown = shown.replace("rotary_(\nTensor(a!) x", "rotary(\nTensor x").replace("-> ()", "-> Tensor")
+        assert_expected_inline(
+            shown,
+            """\
+flash_attn_plus::rotary(
+Tensor x,
+Tensor cos,
+Tensor sin,
+SymInt offset=0,
+Tensor? seqlen_offsets=None,
+Tensor? cu_seqlens=None,
+SymInt? max_seqlen=None,
+bool interleaved=False,
+bool conjugate=False
+) -> Tensor""",
+        )
+
 
 class TestShape:
     @pytest.mark.parametrize("name", SCHEMAS)
@@ -283,10 +306,12 @@ class TestShape:
 
     @pytest.mark.parametrize("name", SCHEMAS)
     def test_pure_but_for_what_its_name_says(self, name: str) -> None:
-        """No argument is written to but the gradients of ``*_into``; no result is a view of one."""
+        """No argument is written to but the gradients of ``*_into``, and the first one of ``*_``; no result is a view
+        of one.
+        """
         schema = registered(name)
         written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
-        assert written == (["dq", "dk", "dv"] if name.endswith("_into") else [])
+        assert written == {"into": ["dq", "dk", "dv"], "": ["x"]}.get(name.rpartition("_")[2], [])
         assert schema.is_mutable == bool(written)
         assert not [value.name for value in schema.returns if value.alias_info is not None]
 
@@ -303,11 +328,15 @@ class TestShape:
 
 
 class TestStructuredArguments:
-    """Variant and Varlen hold the schemas' arguments: the same names, order and defaults."""
+    """Variant, Varlen and Rotation hold the schemas' arguments: the same names, order and defaults."""
 
     @pytest.mark.parametrize(
         "name, structure",
-        [*((name, Variant) for name in ATTENTION), *((name, Varlen) for name in VARLEN)],
+        [
+            *((name, Variant) for name in ATTENTION),
+            *((name, Varlen) for name in VARLEN),
+            *((name, Rotation) for name in ("rotary", "rotary_")),
+        ],
     )
     def test_fields_are_arguments(self, name: str, structure: type) -> None:
         names = [argument.name for argument in registered(name).arguments if argument.name in structure._fields]

@@ -22,10 +22,20 @@ from .padding import (
     unpad_input,
     unpad_input_for_concatenated_sequences,
 )
+from .rotary import (
+    RotaryEmbedding,
+    apply_rotary_emb,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qkv_,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RotaryEmbedding",
+    "apply_rotary_emb",
+    "apply_rotary_emb_kv_",
+    "apply_rotary_emb_qkv_",
     "explain",
     "flash_attn_combine",
     "flash_attn_func",

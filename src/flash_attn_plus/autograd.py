@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import states
 from .library import LIBRARY, bind, flatten, has_bias_gradient, overload, parse, written_arguments
-from .schemas import SCHEMAS, Variant
+from .schemas import SCHEMAS, Rotation, Variant
 
 _SingleLevelFunction = torch.autograd.function._SingleLevelFunction
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -28,6 +28,7 @@ _after_in_place = torch._C._after_ADInplaceOrView_keyset
 _any_requires_grad = torch._C._any_requires_grad
 _transforms_active = torch._C._are_functorch_transforms_active
 _forward_mode = forward_ad._set_fwd_grad_enabled
+_creation_of_view, _IS_PLAIN_VIEW = torch._C._autograd._get_creation_meta, torch._C._autograd.CreationMeta.DEFAULT
 from torch._functorch.utils import enable_single_level_autograd_function as _single_level  # noqa: E402
 
 
@@ -260,6 +261,74 @@ class _Combine(_Function):
     jvp = _no_forward_mode("combine")
 
 
+def _rotation_class(name: str) -> type:
+    """Of a rotation, which is linear: its gradient is the rotation back, its tangent the same rotation."""
+    op, in_place = overload(name), name.endswith("_")
+
+    def save(ctx, rotation: Rotation) -> None:
+        for i, table in enumerate(("cos", "sin"), 1):
+            if ctx.needs_input_grad[i]:
+                raise NotImplementedError(
+                    f"{table}: expected a tensor that does not require a gradient, got requires_grad=True"
+                )
+        names = [field for field, value in rotation._asdict().items() if isinstance(value, Tensor)]
+        tensors = [getattr(rotation, field) for field in names]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.rotation, ctx.names = rotation._replace(**dict.fromkeys(names)), names
+
+    def saved(ctx) -> Rotation:
+        return ctx.rotation._replace(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
+
+    class Rotate(_Function):
+        @staticmethod
+        def forward(ctx, x, *rotation):
+            save(ctx, Rotation._make(rotation))
+            if not in_place:
+                return _call_below(op, (x, *rotation))
+            _call_below(op, (x, *rotation))
+            ctx.mark_dirty(x)
+            return x
+
+        @staticmethod
+        def backward(ctx, dout):
+            if dout is None:
+                return (None,) * len(ctx.needs_input_grad)
+            rotation = saved(ctx)
+            back = rotation._replace(conjugate=not rotation.conjugate)
+            return overload("rotary")(dout, *back), *(None,) * len(rotation)
+
+        @staticmethod
+        def jvp(ctx, dx, *drotation):
+            if any(isinstance(tangent, Tensor) for tangent in drotation):
+                raise NotImplementedError(f"flash_attn_plus::{name}: cos and sin have no forward-mode gradient")
+            if dx is None:
+                return None
+            rotation = saved(ctx)
+            with torch.enable_grad(), _forward_mode(True):  # an outer level records on
+                if not in_place:
+                    return op(dx, *rotation)
+                op(dx, *rotation)
+                return dx
+
+    return _named(Rotate, name)
+
+
+def _in_place_kernel(name: str) -> Callable:
+    """Of an operator that changes its first argument and is differentiable in it."""
+    record = _autograd_kernel(name, _rotation_class(name).apply)
+
+    def kernel(x, *args):
+        if torch.is_grad_enabled() and x.requires_grad:
+            view = x._is_view()
+            if x.is_leaf or (view and (x._base.is_leaf or _creation_of_view(x) != _IS_PLAIN_VIEW)):
+                x.mul_(1)  # PyTorch says what must not be changed in place, before anything is
+        record(x, *args)
+
+    return kernel
+
+
 def _not_differentiable(name: str) -> type:
     class NotDifferentiable(_Function):
         @staticmethod
@@ -346,10 +415,12 @@ def _register() -> None:
         "varlen_fwd": _attention_kernel("varlen_fwd", VARLEN, "varlen_bwd"),
         "merge_states": _MergeStates.apply,
         "combine": _Combine.apply,
+        "rotary": _rotation_class("rotary").apply,
     }
     for name in SCHEMAS:
         if written_arguments(name):
-            LIBRARY.impl(name, _writing_kernel(name), "Autograd")
+            kernel = _in_place_kernel(name) if name == "rotary_" else _writing_kernel(name)
+            LIBRARY.impl(name, kernel, "Autograd")
             LIBRARY.impl(name, _version_kernel(name), "ADInplaceOrView", with_keyset=True)
         else:
             LIBRARY.impl(name, _autograd_kernel(name, applies.get(name) or _not_differentiable(name).apply), "Autograd")

@@ -7,18 +7,19 @@
 - **row blocks**: plain PyTorch (rowblocks.py), for everything else.
 
 ``choose_forward`` and ``choose_backward`` decide from shapes, dtypes and options, and say why; ``explain`` prints
-what they say.
+what they say, and the first call of a signature logs it where it is row blocks.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, into, native, rowblocks, states
-from .schemas import Variant, Varlen, band
+from . import checks, checks_rotary, into, log, native, rotate, rowblocks, states
+from .schemas import Rotation, Variant, Varlen, band
 from .strides import contiguous_rows
 
 combine = states.combine
@@ -188,25 +189,56 @@ backward_into = into.copying(backward)
 varlen_backward_into = into.copying(varlen_backward)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
+def rotary(x: Tensor, rotation: Rotation) -> Tensor:
+    checks_rotary.values(x, rotation)
+    return rotate.rotary(x, rotation)
+
+
+def rotary_(x: Tensor, rotation: Rotation) -> None:
+    checks_rotary.values(x, rotation)
+    rotate.rotary_(x, rotation)
+
+
+def _choices(
+    q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None, variant: Variant, layout: Varlen | None
+) -> tuple[Choice, Choice, str]:
+    """What runs forward and backward, and a note on packed sequences."""
     note = ""
     if layout is not None:
         checks.varlen_values(q, k, layout)
         if layout.block_table is not None:
-            return _explained(
-                _only_row_blocks("pages"), Choice("none", "the backward of paged keys is not implemented")
-            )
+            backward = Choice("none", "the backward of paged keys is not implemented")
+            return _only_row_blocks("pages"), backward, note
         run = next(iter(rowblocks.runs(layout, k)), None)
-        if run is not None:
-            q, k, v = run.queries(q), run.keys(k), run.keys(v)
+        if run is None:
+            nothing = Choice("none", "there are no sequences")
+            return nothing, nothing, note
+        q, k, v = run.queries(q), run.keys(k), run.keys(v)
         if _dense_by_sequence(layout, variant):
             note = "sequences: as dense problems, neighbours of equal lengths together (above: the first)\n"
-    return _explained(choose_forward(q, k, v, variant), choose_backward(q, k, v, None, variant), note)
+    return choose_forward(q, k, v, variant), choose_backward(q, k, v, dlse, variant), note
 
 
-def _explained(forward: Choice, backward: Choice, note: str = "") -> str:
+def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
+    forward, backward, note = _choices(q, k, v, None, variant, layout)
     return (
         f"forward:  {forward.implementation}: {forward.reason}\n"
         f"backward: {backward.implementation}: {backward.reason}\n"
         f"{note}native library: {native.status()}"
     )
+
+
+def say(kernel: str, *structured) -> None:
+    """Log what the signature of these arguments rules out (library.py calls it when a signature is new)."""
+    if not native.loaded():
+        # One that is there and does not load is a fault; one that was never built is a choice.
+        level = logging.INFO if native.find() is None else logging.WARNING
+        log.once("native CPU library: %s", native.status(), level=level)
+    variant, layout = (next((x for x in structured if isinstance(x, part)), None) for part in (Variant, Varlen))
+    direction = "backward" if "backward" in kernel else "forward"
+    if direction == "backward":
+        _, choice, _ = _choices(*structured[1:4], structured[6], variant, layout)
+    else:
+        choice, _, _ = _choices(*structured[:3], None, variant, layout)
+    if choice.implementation == "row blocks":
+        log.once("CPU, %s: row blocks in plain PyTorch: %s", direction, choice.reason)

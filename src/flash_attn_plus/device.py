@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -17,6 +20,47 @@ def architecture(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def accelerators() -> list[torch.device]:
+    """The devices beside the CPU that this PyTorch can use."""
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator().type
+    return [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
+
+
+def name(device: torch.device) -> str:
+    """What its maker calls it; the device type where nobody says."""
+    if device.type == "cpu":
+        return _cpu_name()
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory(device: torch.device) -> int | None:
+    """Bytes of memory; None where nobody says."""
+    if device.type == "cpu":
+        known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys()
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else None
+    module = torch.get_device_module(device)
+    if not hasattr(module, "get_device_properties"):
+        return None
+    return getattr(module.get_device_properties(device), "total_memory", None)
 
 
 @functools.cache

@@ -6,13 +6,14 @@ on values; ``explain`` prints it, with the plan that a kernel runs with.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import device, into, plan, rowblocks, states
-from .schemas import Variant, Varlen
+from . import device, into, log, plan, rotate, rowblocks, states
+from .schemas import Rotation, Variant, Varlen
 
 combine = states.combine
 merge_states = states.merge_states
@@ -23,6 +24,15 @@ def why_row_blocks(q: Tensor) -> str | None:
     if q.dtype == torch.float64:
         return "the kernels have no float64"
     return device.why_no_triton()
+
+
+def say(kernel: str, *structured) -> None:
+    """Log that no Triton kernel runs (library.py calls it when a signature is new)."""
+    q = structured[1] if "backward" in kernel else structured[0]
+    if reason := why_row_blocks(q):
+        # float64 is the caller's choice; a GPU without Triton costs most of the speed, and can be helped.
+        level = logging.INFO if q.dtype == torch.float64 else logging.WARNING
+        log.once("%s: row blocks in plain PyTorch: %s", q.device.type, reason, level=level)
 
 
 # Each takes the arguments of an operator, and returns what computes it for arguments of their signature.
@@ -85,6 +95,22 @@ def prepare_varlen_backward_into(*structured) -> Callable:
         return run(*tensors, variant, need_dbias, layout)
 
     return call
+
+
+def prepare_rotary(x: Tensor, rotation: Rotation) -> Callable:
+    if why_row_blocks(x):
+        return rotate.rotary
+    from .kernels.rotary import Rotary
+
+    return Rotary(x, rotation, in_place=False)
+
+
+def prepare_rotary_(x: Tensor, rotation: Rotation) -> Callable:
+    if why_row_blocks(x):
+        return rotate.rotary_
+    from .kernels.rotary import Rotary
+
+    return Rotary(x, rotation, in_place=True)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:

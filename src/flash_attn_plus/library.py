@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, native
+from . import checks, checks_rotary, native
 from .memory import Memory, signature
-from .schemas import NAMESPACE, SCHEMAS, Variant, Varlen
+from .schemas import NAMESPACE, SCHEMAS, Rotation, Variant, Varlen
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -105,6 +105,10 @@ def _parse_unchanged(*args):
     return args
 
 
+def _parse_rotation(x, *rotation):
+    return x, Rotation._make(rotation)
+
+
 # Fresh results of the right shape, dtype and (contiguous) strides: what the fakes return.
 
 
@@ -164,6 +168,14 @@ def _combine_results(out_partial, lse_partial, out_dtype):
     )
 
 
+def _rotary_result(x, rotation):
+    return x.new_empty(x.shape)
+
+
+def _no_results(*structured):
+    return None
+
+
 _flatteners = {name: _attention_flattener(name) for name in SCHEMAS if "Tensor? attn_bias" in SCHEMAS[name]}
 
 
@@ -177,6 +189,9 @@ class _Operator(NamedTuple):
     check: Callable
     results: Callable
     kernel: str  # its name in a device's module
+    # Arguments that change from call to call and are left out of the signature, and what checks them in every call.
+    varying: tuple[str, ...] = ()
+    check_varying: Callable | None = None
 
 
 _OPERATORS = {
@@ -194,6 +209,12 @@ _OPERATORS = {
     ),
     "merge_states": _Operator(_parse_unchanged, checks.merge_states, _merge_states_results, "merge_states"),
     "combine": _Operator(_parse_unchanged, checks.combine, _combine_results, "combine"),
+    "rotary": _Operator(
+        _parse_rotation, checks_rotary.rotary, _rotary_result, "rotary", ("offset",), checks_rotary.offset
+    ),
+    "rotary_": _Operator(
+        _parse_rotation, checks_rotary.rotary_, _no_results, "rotary_", ("offset",), checks_rotary.offset
+    ),
 }
 
 
@@ -211,7 +232,7 @@ BACKENDS = {"CPU": "cpu", "CUDA": "gpu", "CompositeExplicitAutograd": "anywhere"
 
 
 def _fake(name: str) -> Callable:
-    parse, check, results, _ = _OPERATORS[name]
+    parse, check, results, *_ = _OPERATORS[name]
 
     def fake(*args):
         structured = parse(*bind(name, args))
@@ -234,26 +255,32 @@ def _device_kernel(name: str, module: str) -> Callable:
     """The kernel of a dispatch key: arguments that differ from earlier ones in values alone skip what these passed.
 
     A device's module may have ``prepare_forward`` beside ``forward`` (and so on): it takes the same arguments, decides
-    all that their signature decides, and returns what then runs in place of ``forward``.
+    all that their signature decides, and returns what then runs in place of ``forward``. Its ``say`` logs what is not
+    taken for such arguments, and why.
     """
-    parse, check, _, attribute = _OPERATORS[name]
+    parse, check, _, attribute, varying, check_varying = _OPERATORS[name]
     memory = _memories[name]
+    signed = [i for i, argument in enumerate(argument_names(name)) if argument not in varying]
 
     def prepared(structured: tuple) -> Callable:
         check(*structured)
         implementation = importlib.import_module(f"{__package__}.{module}")
+        if name in _flatteners:  # attention
+            implementation.say(attribute, *structured)
         prepare = getattr(implementation, f"prepare_{attribute}", None)
         return prepare(*structured) if prepare else getattr(implementation, attribute)
 
     def kernel(*args):
         args = bind(name, args)
-        structured, of_call = parse(*args), signature(args)
+        structured, of_call = parse(*args), signature([args[i] for i in signed] if varying else args)
         run = memory.find(of_call)
         if run is None:
             run = prepared(structured)
             memory.keep(of_call, args, run)
+        elif check_varying is not None:
+            check_varying(*structured)
         results = run(*structured)
-        if all(x is not None for x in results):
+        if results.__class__ is not tuple or all(x is not None for x in results):
             return results
         q = structured[1]  # of a backward: only there may results be missing
         return tuple([q.new_empty(0) if x is None else x for x in results])

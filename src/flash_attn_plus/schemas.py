@@ -26,6 +26,10 @@ _SAVED = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Ten
 _INTO = "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv"
 _NEEDS = "bool need_dq=True, bool need_dkv=True, bool need_dbias=True"
 _OUT = "(Tensor out, Tensor lse)"
+_ROTATION = (
+    "Tensor cos, Tensor sin, SymInt offset=0, Tensor? seqlen_offsets=None, Tensor? cu_seqlens=None, "
+    "SymInt? max_seqlen=None, bool interleaved=False, bool conjugate=False"
+)
 _GRADS_OF_OPTIONS = "(Tensor dsink, Tensor dbias)"
 _GRADS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dsink, Tensor dbias)"
 
@@ -41,6 +45,8 @@ SCHEMAS: dict[str, str] = {
     "varlen_bwd_into": (
         f"({_SAVED}, {_INTO}, {_LAYOUT}, {_VARIANT}, {_LAYOUT_OPTIONS}, bool need_dbias=True) -> {_GRADS_OF_OPTIONS}"
     ),
+    "rotary": f"(Tensor x, {_ROTATION}) -> Tensor",
+    "rotary_": f"(Tensor(a!) x, {_ROTATION}) -> ()",
     # Implemented by the native library (csrc/) on CPU only; chosen by cpu.py, never called by users.
     "_cpu_forward": (
         "(Tensor q, Tensor k, Tensor v, float softmax_scale, int left, int right, int diagonal) -> "
@@ -88,6 +94,25 @@ class Varlen(NamedTuple):
     seqused_k: Tensor | None = None
     leftpad_k: Tensor | None = None
     block_table: Tensor | None = None
+
+
+class Rotation(NamedTuple):
+    """By which angles the rows of a tensor are rotated, in the order of the schemas.
+
+    ``cos`` and ``sin`` are (seqlen_ro, rotary_dim / 2): row p holds the angles of position p. Row i of sequence b sits
+    at position ``i + offset``, or ``i + seqlen_offsets[b]`` where that is a tensor. The batch is packed where there are
+    ``cu_seqlens``. Columns j and j + rotary_dim / 2 are a pair (GPT-NeoX), or 2j and 2j + 1 where ``interleaved``
+    (GPT-J). ``conjugate`` rotates back.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    offset: int = 0
+    seqlen_offsets: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+    interleaved: bool = False
+    conjugate: bool = False
 
 
 def band(variant: Variant, seqlen_q: int, seqlen_k: int) -> tuple[int, int, int]:

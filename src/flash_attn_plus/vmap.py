@@ -1,8 +1,8 @@
 """``torch.vmap`` of the operators.
 
 Dense attention folds the mapped axis into the batch: one call, no copy of a tensor whose mapped axis comes
-first. Whatever a fold would change is mapped one entry at a time: dropout (its counters hold the batch index)
-and packed sequences.
+first; so does a dense rotation. Whatever a fold would change is mapped one entry at a time: dropout (its counters
+hold the batch index), tables of angles and packed sequences.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def _one_by_one(name: str, size: int, in_dims: tuple, args: tuple):
             for arg, axis in zip(args, in_dims, strict=True)
         )
     entries = [entry(i) for i in range(max(size, 1))]
+    if isinstance(entries[0], Tensor):
+        return (torch.stack(entries) if size else entries[0].new_empty((0, *entries[0].shape))), 0
     if size == 0:
         return tuple(part.new_empty((0, *part.shape)) for part in entries[0]), (0,) * len(entries[0])
     return tuple(torch.stack(parts) for parts in zip(*entries, strict=True)), (0,) * len(entries[0])
@@ -120,6 +122,19 @@ def _bwd(info, in_dims, *args):
     return (*grads, dbias), tuple(0 if e else None for e in (*exists, need_dbias))
 
 
+def _rotary(info, in_dims, *args):
+    in_dims, args = _bind("rotary", in_dims, args)
+    (x, rotation), (x_axis, axes) = parse("rotary", args), parse("rotary", in_dims)
+    size = info.batch_size
+    if rotation.cu_seqlens is not None or axes.cos is not None or axes.sin is not None:
+        return _one_by_one("rotary", size, in_dims, args)
+    offsets = rotation.seqlen_offsets
+    if offsets is not None:
+        rotation = rotation._replace(seqlen_offsets=_fold(offsets, axes.seqlen_offsets, size))
+    out = overload("rotary")(_fold(x, x_axis, size), *rotation)
+    return out.unflatten(0, (size, _batch_size(x, x_axis))), 0
+
+
 def _each(name: str) -> Callable:
     def rule(info, in_dims, *args):
         in_dims, args = _bind(name, in_dims, args)
@@ -136,7 +151,7 @@ def _none(name: str) -> Callable:
 
 
 def _register() -> None:
-    rules = {"fwd": _fwd, "bwd": _bwd}
+    rules = {"fwd": _fwd, "bwd": _bwd, "rotary": _rotary}
     for name in OPERATORS:
         rule = rules.get(name) or (_none(name) if written_arguments(name) else _each(name))
         torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=LIBRARY)

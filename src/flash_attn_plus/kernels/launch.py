@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import device
+from .. import device, log
 
 # Triton's types -> the letters of PyTorch's launcher.
 _LETTERS = {"i1": "i", "i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
@@ -67,6 +67,8 @@ class Launch:
             self.stream_of = triton.runtime.driver.active.get_current_stream
             if device.static_launcher() is not None:
                 self.direct = Direct.of(self.compiled, self.grid[0], tensors, rest)
+            else:
+                log.once("this PyTorch has no launcher of Triton kernels: Triton's own, which takes longer on the host")
 
 
 def _is_watched() -> bool:

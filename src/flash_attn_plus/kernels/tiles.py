@@ -96,7 +96,7 @@ def _segment_start(segment, starts_ptr, batch, total):
 
 
 @triton.jit
-def _packed_tile(tile, starts_ptr, batch, total, BLOCK: tl.constexpr):
+def packed_tile(tile, starts_ptr, batch, total, BLOCK: tl.constexpr):
     """(number of its sequence, whether that exists, first row and rows of its segment, first row of the tile in it)."""
     segment = _segment_of(tile, starts_ptr, batch, total, BLOCK)
     start = _segment_start(segment, starts_ptr, batch, total)
@@ -169,7 +169,7 @@ def query_tile(program, layout, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr)
         first_row = tile * BLOCK_M
     else:
         head = program // tiles
-        index, exists, start, rows, first_row = _packed_tile(
+        index, exists, start, rows, first_row = packed_tile(
             tile, layout.cu_seqlens_q_ptr, layout.batch, layout.rows_q, BLOCK_M
         )
         seqlen_q = _used_queries(index, tl.where(exists, rows, 0), layout)
@@ -203,7 +203,7 @@ def key_tile(program, layout, heads_k, BLOCK_N: tl.constexpr):
         return sequence, head, (program % tiles) * BLOCK_N, layout.rows_k
     else:
         tiles = _first_tile(layout.rows_k, layout.batch + 2, BLOCK_N)
-        index, exists, start, rows, first_key = _packed_tile(
+        index, exists, start, rows, first_key = packed_tile(
             program % tiles, layout.cu_seqlens_k_ptr, layout.batch, layout.rows_k, BLOCK_N
         )
         found = sequence_of(index, layout)
