@@ -469,7 +469,8 @@ class TestAnotherOne:
             from flash_attn import flash_attn_interface
             assert flash_attn_interface.infinite_lse is False
             assert as_flash_attn.serve(infinite_lse=True) and flash_attn_interface.infinite_lse
-            assert as_flash_attn.serve() and not flash_attn_interface.infinite_lse
+            assert as_flash_attn.serve() and flash_attn_interface.infinite_lse  # as it was told last
+            assert as_flash_attn.serve(infinite_lse=False) and not flash_attn_interface.infinite_lse
             as_flash_attn.stop()
             assert flash_attn.flash_attn_func is flash_attn_interface.flash_attn_func
             try:
@@ -982,3 +983,42 @@ def test_s_dmask_is_the_oracles() -> None:
     _, _, S_dmask, rng_state = forward(q, k, v, 0.3, True, True)
     expected = reference.s_dmask(q, k, Variant(causal=True, dropout_p=0.3, rng_state=rng_state), block_n=128)
     torch.testing.assert_close(S_dmask, expected)
+
+
+class TestPathsOfPrograms:
+    """sys.path is that of ``python script.py`` and ``python -m module``, also for what is installed."""
+
+    @staticmethod
+    def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+        path = str(Path(as_flash_attn.__file__).parent.parent)
+        environment = {**os.environ, "PYTHONPATH": path}
+        command = (sys.executable, "-m", "flash_attn_plus.as_flash_attn", *command)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+
+    def test_the_working_directory_is_not_the_script_s(self, tmp_path) -> None:
+        """A clone of flash-attn there is neither imported nor taken for an installed one; beside the script it is."""
+        for folder in ("here", "there"):
+            (tmp_path / folder / "flash_attn").mkdir(parents=True)
+        program = "import flash_attn, sys; print(flash_attn.__file__); print(sys.path[0])"
+        (tmp_path / "script.py").write_text(program)
+        (tmp_path / "here" / "flash_attn" / "__init__.py").touch()
+        done = self.run(tmp_path / "here", str(tmp_path / "script.py"))
+        assert "dropin" in done.stdout.splitlines()[0] and not done.stderr, done
+        assert done.stdout.splitlines()[1] == str(tmp_path)
+        (tmp_path / "there" / "flash_attn" / "__init__.py").touch()
+        (tmp_path / "there" / "script.py").write_text(program)
+        done = self.run(tmp_path, "there/script.py")
+        assert done.stdout.splitlines()[0] == str(tmp_path / "there" / "flash_attn" / "__init__.py")
+        assert "is installed at" in done.stderr
+
+    def test_a_module_written_together_with_its_option(self, tmp_path) -> None:
+        (tmp_path / "program.py").write_text("import sys; print(__name__, sys.argv[1:])")
+        (tmp_path / "other.py").write_text("print('wrong')")
+        for option in (["-mprogram"], ["-m", "program"]):
+            assert self.run(tmp_path, *option, "other.py").stdout == "__main__ ['other.py']\n"
+
+
+def test_a_finder_that_is_asked_in_other_ways() -> None:
+    finder = next(finder for finder in sys.meta_path if type(finder).__name__ == "_Finder")
+    assert finder.find_spec("flash_attn.json", None) is None  # not the standard library's
+    assert list(importlib.metadata.distributions(name="flash-attn", path=["/nowhere"])) == []

@@ -15,6 +15,7 @@ from assertions import assert_close_to_oracle
 from test_opcheck import check
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import flash_attn_plus as fap
@@ -822,8 +823,8 @@ class TestRotaryEmbedding:
         assert tables_of(x, max_seqlen=30).shape[0] == 30
         assert tables_of(x.half()).dtype == torch.float16
         with torch.inference_mode():
-            assert tables_of(x.clone()).is_inference()
-        assert not tables_of(x).is_inference()
+            evaluated = tables_of(x.clone())
+        assert not evaluated.is_inference() and tables_of(x) is evaluated
 
     def test_a_tensor_offset_first_needs_a_length(self) -> None:
         with pytest.raises(ValueError, match="max_seqlen: expected a length beside a tensor seqlen_offset"):
@@ -860,7 +861,7 @@ class TestRotaryEmbedding:
         assert len(graphs.fw_graphs) == 1
         x = torch.randn(2, 70, 3, 2, 8)  # longer than the tables
         torch.testing.assert_close(run(x), fap.RotaryEmbedding(8)(x.clone()))
-        assert module._cos_cached.shape[0] == 70
+        assert module._cos_cached.shape[0] == 64  # what a graph makes is not kept
 
 
 @pytest.mark.gpu
@@ -939,3 +940,30 @@ class TestOnAGPU:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+class TestTablesOfOtherModes:
+    """A module is evaluated under modes and trained without them; compiled or not."""
+
+    @pytest.mark.parametrize("compiled_in", [(), (0,), (1,), (0, 1)], ids=str)
+    def test_inference_mode(self, compiled_in) -> None:
+        torch._dynamo.reset()
+        module = fap.RotaryEmbedding(8)
+        graph = torch.compile(module, backend="aot_eager", fullgraph=True)
+        evaluate, train = (graph if i in compiled_in else module for i in (0, 1))
+        x = torch.randn(2, 8, 3, 2, 16)
+        expected = fap.RotaryEmbedding(8)(x.clone())
+        for _ in range(2):
+            with torch.inference_mode():
+                evaluate(torch.randn(2, 50, 3, 2, 16))
+            leaf = x.clone().requires_grad_()
+            out = train(leaf * 1.0)
+            torch.testing.assert_close(out, expected)
+            out.sum().backward()
+            assert leaf.grad.abs().sum() > 0
+
+    def test_fake_tensors(self) -> None:
+        module, x = fap.RotaryEmbedding(8), torch.randn(1, 5, 3, 2, 16)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            module(mode.from_tensor(x))
+        torch.testing.assert_close(module(x.clone()), fap.RotaryEmbedding(8)(x.clone()))

@@ -21,6 +21,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import logging
+import os
 import re
 import runpy
 import sys
@@ -41,6 +42,12 @@ def served_modules() -> list[str]:
     return sorted(".".join(parts[:-1] if parts[-1] == "__init__" else parts) for parts in files)
 
 
+def _is_importing(caller) -> bool:
+    """Whether a finder's caller is an import statement's machinery, or importlib.import_module's."""
+    above = caller.f_back
+    return above is not None and above.f_code.co_name == "_find_and_load_unlocked"
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds the modules in dropin/, and a distribution ``flash-attn`` that has them."""
 
@@ -50,15 +57,17 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         if not rest:
             return importlib.machinery.PathFinder.find_spec(fullname, [str(_FOLDER)])
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        spec = None if path is None else importlib.machinery.PathFinder.find_spec(fullname, path)
         # To whoever only asks (importlib.util.find_spec) a missing module is missing.
-        if spec is None and sys._getframe(2).f_code.co_name == "_find_and_load_unlocked":
+        if spec is None and _is_importing(sys._getframe(1)):
             message = f"flash_attn_plus does not serve {fullname}. It serves: {', '.join(served_modules())}"
             raise ModuleNotFoundError(message, name=fullname)
         return spec
 
     def find_distributions(self, context=None) -> Iterable[importlib.metadata.Distribution]:
-        name = getattr(context, "name", None)
+        name, path = getattr(context, "name", None), getattr(context, "path", sys.path)
+        if path is not sys.path and list(path) != sys.path:
+            return  # another environment is asked for
         if name is None or re.sub(r"[-_.]+", "-", name).lower() == "flash-attn":
             yield _Distribution()
 
@@ -97,10 +106,11 @@ def not_served(module: str, names: Iterable[str]) -> Callable[[str], object]:
 
 def _installed() -> str | None:
     """Where another flash_attn would be imported from, or was."""
-    loaded = sys.modules.get("flash_attn")
-    if loaded is not None:
-        file = getattr(loaded, "__file__", None)
-        return None if file and Path(file).is_relative_to(_FOLDER) else str(file)
+    if "flash_attn" in sys.modules:
+        file = getattr(sys.modules["flash_attn"], "__file__", None)
+        if file is None:
+            return "sys.modules, put there by hand"
+        return None if Path(file).is_relative_to(_FOLDER) else str(file)
     for finder in sys.meta_path:
         find = getattr(finder, "find_spec", None)
         spec = find("flash_attn", None) if find and finder is not _finder else None
@@ -113,12 +123,13 @@ def is_serving() -> bool:
     return _finder in sys.meta_path
 
 
-def serve(replace: bool = False, infinite_lse: bool = False) -> bool:
+def serve(replace: bool = False, infinite_lse: bool | None = None) -> bool:
     """Serve ``flash_attn`` in this process from now on. Importing this module calls it.
 
     Args:
         replace: also where another flash_attn is installed; without it that one stays, and a warning says so.
-        infinite_lse: the log-sum-exp of a query that sees no key is ``+inf``, as in flash-attn 2, instead of ``-inf``.
+        infinite_lse: whether the log-sum-exp of a query that sees no key is ``+inf``, as in flash-attn 2, instead of
+            ``-inf``. None leaves it as it is, at first ``-inf``.
 
     Returns:
         Whether it is served.
@@ -139,7 +150,7 @@ def serve(replace: bool = False, infinite_lse: bool = False) -> bool:
             raise RuntimeError(f"flash_attn was imported from {other} already: call serve() before that")
     if not is_serving():
         sys.meta_path.insert(0, _finder)
-    if infinite_lse or "flash_attn" in sys.modules:
+    if infinite_lse is not None:
         from flash_attn import flash_attn_interface
 
         flash_attn_interface.infinite_lse = infinite_lse
@@ -175,13 +186,17 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         usage="%(prog)s [--replace] [--infinite-lse] (script.py | -m module) [args...]",
     )
     parser.add_argument("--replace", action="store_true", help="also where flash-attn is installed")
-    parser.add_argument("--infinite-lse", action="store_true", help="+inf for queries that see no key, as flash-attn 2")
+    parser.add_argument(
+        "--infinite-lse", action="store_true", default=None, help="+inf for queries that see no key, as flash-attn 2"
+    )
     parser.add_argument("-m", dest="module", metavar="module", help="a module, as with python -m")
     # What stands behind the program is the program's.
     count = 0
-    while count < len(args) and args[count].startswith("-") and args[count] != "-m":
+    while count < len(args) and args[count].startswith("-") and not re.match("-m", args[count]):
         count += 1
-    own, program = args[:count], args[count:]
+    own, program = args[:count], list(args[count:])
+    if program and program[0].startswith("-m") and program[0] != "-m":
+        program[:1] = ["-m", program[0][2:]]
     options = parser.parse_args(own)
     if program[:1] == ["-m"]:
         if len(program) < 2:
@@ -196,16 +211,18 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
 
 def main(args: Sequence[str] | None = None) -> None:
     options = _parse(sys.argv[1:] if args is None else args)
+    # As python script.py, or python -m module; before anything looks for an installed flash-attn there.
+    folder = os.getcwd() if options.script is None else str(Path(options.script).resolve().parent)
+    if sys.path[:1] in ([""], [os.getcwd()]):  # of python -m
+        del sys.path[0]
+    sys.path.insert(0, folder)
     if serve(options.replace, options.infinite_lse):
         _serve_in_spawned_processes(options.replace, options.infinite_lse)
     if options.module is not None:
         sys.argv = [options.module, *options.args]
-        if "" not in sys.path:
-            sys.path.insert(0, "")  # as python -m
         runpy.run_module(options.module, run_name="__main__", alter_sys=True)
         return
     sys.argv = [options.script, *options.args]
-    sys.path.insert(0, str(Path(options.script).resolve().parent))  # as python script.py
     runpy.run_path(options.script, run_name="__main__")
 
 

@@ -236,31 +236,39 @@ class RotaryEmbedding(nn.Module):
 
     def _update_cos_sin_cache(
         self, seqlen: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        """Have tables of at least ``seqlen`` positions, on that device and of that dtype."""
+    ) -> tuple[Tensor | None, ...]:
+        """Tables of at least ``seqlen`` positions, on that device and of that dtype: cos and sin of queries, and of
+        keys, None where they are the same. They are kept, but for those that a compiled graph makes, which would keep
+        what its modes make.
+        """
         device = self.inv_freq.device if device is None else torch.device(device)
         dtype = self.inv_freq.dtype if dtype is None else dtype
-        cached = self._cos_cached
+        cached, compiling = self._cos_cached, torch.compiler.is_compiling()
         if (
-            cached is not None
-            and seqlen <= self._seq_len_cached
-            and cached.device == device
-            and cached.dtype == dtype
-            # Autograd refuses to save what was made in inference mode. The compiler cannot ask.
-            and (torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not cached.is_inference())
+            cached is None
+            or seqlen > self._seq_len_cached
+            or cached.device != device
+            or cached.dtype != dtype
+            # What a mode made, as fake tensors, has no values for others.
+            or not (compiling or cached.__class__ is Tensor)
         ):
-            return
-        self._seq_len_cached = seqlen
+            if compiling:
+                return self._make_tables(seqlen, device, dtype)
+            with torch.inference_mode(False):  # autograd refuses to save what was made in it
+                tables = self._make_tables(seqlen, device, dtype)
+            self._seq_len_cached = seqlen
+            self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached = tables
+        return self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached
+
+    def _make_tables(self, seqlen: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         positions = torch.arange(seqlen, device=device, dtype=torch.float32)
         angles = positions[:, None] * self.inv_freq.to(device=device, dtype=torch.float32)
         cos, sin = angles.cos(), angles.sin()
         if self.scale is None or self.scale_base is None:
-            self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
-            return
+            return cos.to(dtype), sin.to(dtype), None, None
         power = (positions - seqlen // 2) / self.scale_base
         scale = self.scale.to(device=device, dtype=torch.float32) ** power[:, None]
-        self._cos_cached, self._sin_cached = (cos * scale).to(dtype), (sin * scale).to(dtype)
-        self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
+        return (cos * scale).to(dtype), (sin * scale).to(dtype), (cos / scale).to(dtype), (sin / scale).to(dtype)
 
     def forward(
         self,
@@ -293,11 +301,9 @@ class RotaryEmbedding(nn.Module):
                 raise ValueError(
                     "max_seqlen: expected a length beside a tensor seqlen_offset in the first call, got None"
                 )
-        self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)
-        cos, sin = self._cos_cached, self._sin_cached
+        cos, sin, cos_k, sin_k = self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)
         assert cos is not None
         assert sin is not None
-        cos_k, sin_k = (None, None) if self.scale is None else (self._cos_k_cached, self._sin_k_cached)
         if kv is None:
             return apply_rotary_emb_qkv_(
                 *(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q),

@@ -454,4 +454,6 @@ _wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
 _SERVED = [name for name in globals() if "flash_attn_" in name and name != "flash_attn_plus"]
 
+__all__ = [name for name in _SERVED if not name.startswith("_")]
+
 __getattr__ = not_served(__name__, [*_SERVED, "maybe_contiguous", "round_multiple", "_get_block_size_n"])
