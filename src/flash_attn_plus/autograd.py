@@ -285,9 +285,9 @@ def _rotation_class(name: str) -> type:
         @staticmethod
         def forward(ctx, x, *rotation):
             save(ctx, Rotation._make(rotation))
+            out = _call_below(op, (x, *rotation))
             if not in_place:
-                return _call_below(op, (x, *rotation))
-            _call_below(op, (x, *rotation))
+                return out
             ctx.mark_dirty(x)
             return x
 

@@ -19,7 +19,6 @@ import torch.autograd.profiler as profiler
 from torch import Tensor
 
 from . import autocast, autograd, library
-from .memory import Found, Memory
 from .schemas import Variant, Varlen
 
 # Private names of PyTorch; test/test_eager.py fails when one goes.
@@ -59,11 +58,6 @@ def _only_gradients(x: Tensor) -> bool:
     return _included_keys() in (_USUAL, _INFERENCE)
 
 
-def _find(memory: Memory, structured: tuple, one: Tensor) -> Found | None:
-    """What runs, past the dispatcher; it is not among the latest."""
-    return memory.recall(structured) if _only_gradients(one) and not _is_observed() else None
-
-
 def _without_autocast(run: Callable) -> Callable:
     """Kernels never run under autocast."""
 
@@ -85,7 +79,9 @@ class _Backward:
     def __call__(self, *structured):
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_observed():
             return self.op(*library.flatten(self.name, structured))
-        found = self.memory.latest_like(structured) or _find(self.memory, structured, structured[0])
+        found = self.memory.latest_like(structured)
+        if found is None and _only_gradients(structured[0]):
+            found = self.memory.recall(structured)
         if found is None:
             return self.op(*library.flatten(self.name, structured))
         return (_without_autocast(found.run) if _any_autocast() else found.run)(*structured)
@@ -164,7 +160,7 @@ class _Forward:
             return self._cross(*structured)
         if _any_autocast() and any(autocast.casts(x) for x in (q, k, v)):
             return self._cross(*structured)
-        found = _find(self.memory, structured, q)
+        found = self.memory.recall(structured) if quick and not _is_observed() else None
         records = torch.is_grad_enabled() and _is_recorded(library.flatten(self.name, structured))
         if found is None and (joint is None or not records):
             return self._cross(*structured)

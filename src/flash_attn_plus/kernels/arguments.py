@@ -78,7 +78,7 @@ def _layout(q: Tensor, k: Tensor, varlen: Varlen | None) -> tiles.Layout:
     if table is not None:  # no pages: no table, whatever it holds
         pages = (table.shape[1] if k.shape[0] else 0, table.shape[1], k.shape[0], k.shape[1])
     batch = varlen.cu_seqlens_q.shape[0] - 1
-    return tiles.Layout(batch, q.shape[0], k.shape[0], q.shape[1], *map(_contiguous, lists), *pages)
+    return tiles.Layout(batch, q.shape[0], k.shape[0], q.shape[1], *map(contiguous, lists), *pages)
 
 
 def _variant(q: Tensor, variant: Variant) -> scores.Variant:
@@ -107,9 +107,9 @@ def _variant(q: Tensor, variant: Variant) -> scores.Variant:
         window_left=near - _distance(diagonal - left) if left >= 0 else None,
         window_right=_distance(diagonal + right) - near if right >= 0 else None,
         softcap=variant.softcap if variant.softcap > 0.0 else None,
-        slopes_ptr=_contiguous(slopes),
+        slopes_ptr=contiguous(slopes),
         stride_slopes_batch=_per_batch(slopes),
-        sink_ptr=_contiguous(sink),
+        sink_ptr=contiguous(sink),
         stride_sink_batch=_per_batch(sink),
         **dropout,
     )
@@ -124,7 +124,7 @@ def _distance(value: int) -> int:
     return max(-_FARTHEST, min(value, _FARTHEST))
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 

@@ -208,15 +208,12 @@ class Rotary(Prepared):
         if self.empty:
             return out
         cos, sin, offset, seqlen_offsets, cu_seqlens, *_ = rotation
-        tensors = (x if out is None else out, x, cos, sin, _contiguous(seqlen_offsets), _contiguous(cu_seqlens))
+        lists = map(arguments.contiguous, (seqlen_offsets, cu_seqlens))
+        tensors = (x if out is None else out, x, cos, sin, *lists)
         # Past the table is past the table, and 32 bits hold it. Always in a new tuple: Launch keeps what it made of the
         # last one, and another thread may rotate by another offset meanwhile.
         self.launch(tensors, (*self.rest, min(offset, cos.shape[0])))
         return out
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
