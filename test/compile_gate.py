@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import offline
 import torch
 from torch import Tensor
 
-from flash_attn_plus import plan
-from flash_attn_plus.kernels import arguments, backward, forward, rotary
+from flash_attn_plus import device, plan
+from flash_attn_plus.kernels import append, arguments, backward, combine, decode, forward, rotary
 from flash_attn_plus.kernels.launch import Launch
-from flash_attn_plus.schemas import Rotation, Variant, Varlen
+from flash_attn_plus.schemas import Cache, New, Rotation, Variant, Varlen
 
 SEQLEN, HEADS = 1024, 2
 
@@ -85,6 +86,51 @@ def rotation_launches(kind: str, dtype: torch.dtype, dims: tuple[int, int]) -> I
             yield f"{rotary_dim} rotated, {how}", prepared.launch
 
 
+def decode_launches(kind: str, dtype: torch.dtype, dim: int) -> Iterator[tuple[str, NamedTuple | None, Launch]]:
+    """One query, or many rows in one tile, against a cache in pages or not, of lengths that are known on the device;
+    and new keys into it."""
+    batch, heads, capacity = 3, 8, 4096
+    slopes, sink = torch.empty(heads), torch.empty(heads)
+    rows = {"rows": 16}.get(kind, 1)
+    q, new = torch.empty(batch, rows, heads, dim, dtype=dtype), torch.empty(batch, 1, 1, dim, dtype=dtype)
+    caches = torch.empty(batch, capacity, 1, dim, dtype=dtype)
+    lengths, table = torch.zeros(batch, dtype=torch.int32), None
+    if kind in ("paged", "small_pages"):
+        page_size = 16 if kind == "small_pages" else 256
+        caches = caches.view(-1, page_size, 1, dim)
+        table = torch.zeros(batch, capacity // page_size, dtype=torch.int32)
+    variant = {
+        "window": Variant(causal=True, window_left=1000),
+        "options": Variant(causal=True, softcap=3.0, alibi_slopes=slopes, sink=sink),
+    }.get(kind, Variant())
+    arguments_of_call = (q, caches, caches, Cache(lengths, 1, block_table=table), variant, 0)
+    prepared = decode.Decode(*arguments_of_call)
+    for _ in range(2):
+        prepared(*arguments_of_call)
+    row = plan.decode(device.architecture(q.device), q.element_size(), dim)
+    yield "decode", row.split, prepared.launch
+    yield "combine", None, prepared.combine
+    one_part = (*arguments_of_call[:5], 1)
+    prepared = decode.Decode(*one_part)
+    for _ in range(2):
+        prepared(*one_part)
+    yield "decode, whole", row.whole, prepared.launch
+    for cos in (None, torch.empty(capacity, dim // 2, dtype=dtype)):
+        arguments_of_call = (caches, caches, new, new, New(lengths, None, table, cos, cos, kind != "paged"))
+        prepared = append.Append(*arguments_of_call)
+        for _ in range(2):
+            prepared(*arguments_of_call)
+        yield "append" if cos is None else "append, rotated", None, prepared.launch
+
+
+def combine_launches(kind: str, dtype: torch.dtype, dim: int) -> Iterator[tuple[str, None, Launch]]:
+    parts, lse = torch.empty(5, 2, 3, HEADS, dim, dtype=dtype), torch.empty(5, 2, HEADS, 3)
+    prepared = combine.Combine(parts, lse, None)
+    for _ in range(2):
+        prepared(parts, lse, None)
+    yield "combine", None, prepared.launch
+
+
 def given_again(launch: Launch) -> bool:
     """Whether the second call went through PyTorch's launcher and gave the kernel what Triton's own would have given
     it, in the types of its PTX.
@@ -97,7 +143,7 @@ def main(arch: str, direction: str, size: int, kind: str) -> None:
     offline.install(arch)
     dtype = {2: torch.bfloat16, 4: torch.float32}[size]
 
-    def report(dim: int, name: str, tiles: plan.Plan | None, launch: Launch) -> None:
+    def report(dim: int, name: str, tiles: NamedTuple | None, launch: Launch) -> None:
         row = {"itemsize": size, "dim": dim, "kind": kind, "pass": name, "plan": tiles}
         if arch.startswith("sm_"):
             row["again"] = given_again(launch)
@@ -107,6 +153,12 @@ def main(arch: str, direction: str, size: int, kind: str) -> None:
         for dims in ROTATED:
             for name, launch in rotation_launches(kind, dtype, dims):
                 report(dims[0], name, None, launch)
+        return
+    if direction in ("decode", "combine"):
+        launches = {"decode": decode_launches, "combine": combine_launches}[direction]
+        for dim in (64, 128, 256):
+            for name, tiles, launch in launches(kind, dtype, dim):
+                report(dim, name, tiles, launch)
         return
     launches = {"forward": forward_launches, "backward": backward_launches}[direction]
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")

@@ -305,9 +305,9 @@ class TestWhatIsServed:
         with pytest.raises(ImportError, match=r"does not serve flash_attn\.nothing\. It serves: .*flash_attn_func, .*"):
             from flash_attn import nothing
         with pytest.raises(ImportError, match=r"flash_attn_interface\.nothing\. It serves: .*_flash_attn_forward"):
-            from flash_attn.flash_attn_interface import nothing  # noqa: F401
-        with pytest.raises(ImportError, match=r"flash_attn_2_cuda\.fwd_kvcache\. It serves: bwd, fwd, varlen_bwd"):
-            from flash_attn_2_cuda import fwd_kvcache  # noqa: F401
+            from flash_attn.flash_attn_interface import nothing
+        with pytest.raises(ImportError, match=r"flash_attn_2_cuda\.nothing\. It serves: bwd, fwd, fwd_kvcache, varlen"):
+            from flash_attn_2_cuda import nothing  # noqa: F401
         for module in (flash_attn, interface, extension):
             assert not hasattr(module, "nothing")
             assert getattr(module, "nothing", 5) == 5
@@ -504,7 +504,7 @@ SIGNATURES = {name: f"{arguments} *s_aux=None" for name, arguments in PUBLIC.ite
     "flash_attn_with_kvcache": (
         "q k_cache v_cache k=None v=None rotary_cos=None rotary_sin=None cache_seqlens=None cache_batch_idx=None "
         "cache_leftpad=None block_table=None softmax_scale=None causal=False window_size=(-1,-1) softcap=0.0 "
-        "rotary_interleaved=True alibi_slopes=None num_splits=0 return_softmax_lse=False"
+        "rotary_interleaved=True alibi_slopes=None num_splits=0 return_softmax_lse=False *s_aux=None"
     ),
     "_flash_attn_forward": f"q k v {OPTIONS} return_softmax",
     "_flash_attn_varlen_forward": (
@@ -534,6 +534,10 @@ BY_PLACE = {
     "varlen_bwd": (
         f"{SAVED} cu_seqlens_q cu_seqlens_k alibi_slopes max_seqlen_q max_seqlen_k dropout_p softmax_scale "
         "zero_tensors causal window_size_left window_size_right softcap deterministic generator rng_state"
+    ),
+    "fwd_kvcache": (
+        "q kcache vcache k v seqlens_k rotary_cos rotary_sin cache_batch_idx leftpad_k block_table alibi_slopes out "
+        "softmax_scale is_causal window_size_left window_size_right softcap is_rotary_interleaved num_splits"
     ),
 }
 
@@ -640,11 +644,6 @@ class TestResults:
         out, lse, S_dmask, rng_state = interface._flash_attn_varlen_forward(q, k, v, *LAYOUT, 0.0, 0.25, False)
         assert out.shape == q.shape and lse.shape == (2, 11) and S_dmask.numel() == 0 and rng_state.shape == (2,)
         assert len(interface._flash_attn_varlen_forward(q, k, v, *LAYOUT, 0.5, 0.25, False, return_softmax=True)) == 4
-
-    def test_kvcache_says_that_it_is_not_there(self) -> None:
-        q, k, v = dense()
-        with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache: flash_attn_plus has no KV cache yet"):
-            flash_attn.flash_attn_with_kvcache(q, k, v)
 
     def test_block_sizes(self) -> None:
         """On a device that is no GPU, those of an A100."""

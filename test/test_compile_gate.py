@@ -305,3 +305,62 @@ def test_the_rotation_compiles(arch, size, kind, triton):
         assert row["stack"] <= 16, row  # of masks: ptxas moves some predicates there, with registers to spare
         assert row["shared"] <= SHARED[arch], row
         assert row.get("again", True), f"launched again, it is not given what it takes: {row}"
+
+
+# Kinds of test/compile_gate.py: one query and 4 in pages or not, with options, and many rows in a tile.
+DECODE_KINDS = ("plain", "paged", "small_pages", "window", "options", "rows")
+
+# As SPILLS; 16 bytes of masks everywhere.
+DECODE_SPILLS = {
+    ("sm_90", 2, 128, "rows"): 56,
+    ("sm_100", 2, 128, "rows"): 24,
+    ("sm_100", 2, 256, "rows"): 24,
+    ("gfx1100", 2, 256, "rows"): 40,
+    **{("gfx1100", 4, 128, kind): 96 for kind in DECODE_KINDS},
+    **{("gfx1100", 4, 256, kind): 600 for kind in DECODE_KINDS},
+}
+
+
+def decode_cases() -> Iterator:
+    for arch, size, kind in itertools.product(plan.DECODE, (2, 4), DECODE_KINDS):
+        quick = (arch == "sm_90" and kind in ("plain", "small_pages")) or (arch == "gfx942" and kind == "plain")
+        yield case(arch, size, kind, None, quick=size == 2 and quick)
+    for triton in OTHERS:
+        for arch, kind in itertools.product(("sm_90", "gfx942"), DECODE_KINDS):
+            yield case(arch, 2, kind, triton, quick=(arch, kind) == ("sm_90", "plain"))
+
+
+@pytest.mark.parametrize("arch, size, kind, triton", list(decode_cases()))
+def test_every_row_of_decoding_compiles(arch, size, kind, triton):
+    rows = compiled(arch, "decode", kind, size, triton)
+    passes = ["decode", "combine", "decode, whole", "append", "append, rotated"]
+    assert [(row["dim"], row["pass"]) for row in rows] == list(itertools.product((64, 128, 256), passes))
+    for row in rows:
+        assert row["stack"] <= max(16, DECODE_SPILLS.get((arch, size, row["dim"], kind), 0)), row
+        assert row["shared"] <= SHARED[arch], row
+        assert row.get("again", True), f"launched again, it is not given what it takes: {row}"
+        if not row["pass"].startswith("decode"):
+            continue
+        block_n, _, num_stages, *_ = row["plan"]
+        if size == 2:
+            assert row["matrix"] in ("mma", MATRIX[arch]), row
+        elif arch.startswith("sm_"):
+            assert not row["matrix"] and not row["chained"], f"float32 is rounded to TF32, or in one chain: {row}"
+        if arch.startswith("sm_"):
+            # Keys and values are on their way while others are computed with: Triton gives that up without a word where
+            # it does not find out how they are aligned.
+            tiles = 2 * block_n * row["dim"] * size
+            assert row["shared"] >= (num_stages - 1) * tiles, f"no tiles in flight: {row}"
+
+
+def combine_cases() -> Iterator:
+    for arch, size in itertools.product(plan.DECODE, (2, 4)):
+        yield case(arch, size, "plain", None, quick=(arch, size) == ("sm_90", 2))
+
+
+@pytest.mark.parametrize("arch, size, kind, triton", list(combine_cases()))
+def test_combining_compiles(arch, size, kind, triton):
+    rows = compiled(arch, "combine", kind, size, triton)
+    assert [row["dim"] for row in rows] == [64, 128, 256]
+    for row in rows:
+        assert row["stack"] == 0 and row["shared"] <= SHARED[arch] and row.get("again", True), row

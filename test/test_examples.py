@@ -469,3 +469,41 @@ def test_benchmark_summary_and_ratios(bench):
         "varlen / dense of the same sequences, forward, ours: 0.75 (d128 varlen 8x2048 causal)",
         "varlen / dense of the same sequences, forward, fa2: 3.00 (d128 varlen 8x2048 causal)",
     ]
+
+
+GENERATE = "--device cpu --steps 10 --batch 3 --seq 48 --tokens 12 --layers 1 --heads 2 --kv-heads 1 --dim 32"
+
+
+@pytest.fixture
+def generate(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("generate")
+
+
+def test_generate_writes_the_same_with_every_cache(generate, capsys):
+    assert generate.main(GENERATE.split()) == 0
+    said = capsys.readouterr().out
+    for way in ("without a cache", "contiguous cache", "pages of 16"):
+        assert re.search(rf"^  {way} .* 36 of 36 ", said, re.M), said
+    assert "passed: with a cache and without, the same tokens" in said
+
+
+WRONG_CACHES = {
+    "last key unseen": lambda right: lambda *args, **options: right(*args, **options, window_size=(5, 0)),
+    "scale 3 % off": lambda right: lambda *args, **options: right(*args, **options, softmax_scale=1.03 * 16**-0.5),
+    "not a number": lambda right: lambda *args, **options: right(*args, **options) * torch.nan,
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CACHES)
+def test_generate_catches_a_wrong_cache(generate, monkeypatch, capsys, name):
+    monkeypatch.setattr(generate, "flash_attn_with_kvcache", WRONG_CACHES[name](generate.flash_attn_with_kvcache))
+    assert generate.main(GENERATE.split()) == 1
+    assert "a logit is off by" in capsys.readouterr().err
+
+
+def test_the_decode_benchmark_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = _python(str(BENCHMARK / "decode.py"))
+    assert done.returncode == 1 and "GPU" in done.stderr + done.stdout

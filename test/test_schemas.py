@@ -45,9 +45,11 @@ class TestSnapshots:
             "\n".join(ours),
             """\
 flash_attn_plus::_cpu_forward
+flash_attn_plus::append_kv
 flash_attn_plus::bwd
 flash_attn_plus::bwd_into
 flash_attn_plus::combine
+flash_attn_plus::decode
 flash_attn_plus::fwd
 flash_attn_plus::merge_states
 flash_attn_plus::rotary
@@ -108,6 +110,53 @@ bool need_dq=True,
 bool need_dkv=True,
 bool need_dbias=True
 ) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink, Tensor dbias)""",
+        )
+
+    def test_append_kv(self) -> None:
+        assert_expected_inline(
+            one_argument_a_line("append_kv"),
+            """\
+flash_attn_plus::append_kv(
+Tensor(a!) k_cache,
+Tensor(b!) v_cache,
+Tensor k,
+Tensor v,
+Tensor cache_seqlens,
+Tensor? cache_batch_idx=None,
+Tensor? block_table=None,
+Tensor? rotary_cos=None,
+Tensor? rotary_sin=None,
+bool rotary_interleaved=True
+) -> ()""",
+        )
+
+    def test_decode(self) -> None:
+        assert_expected_inline(
+            one_argument_a_line("decode"),
+            """\
+flash_attn_plus::decode(
+Tensor q,
+Tensor k_cache,
+Tensor v_cache,
+Tensor? cache_seqlens=None,
+SymInt seqlen_new=0,
+Tensor? cache_batch_idx=None,
+Tensor? cache_leftpad=None,
+Tensor? block_table=None,
+float? softmax_scale=None,
+bool causal=False,
+SymInt window_left=-1,
+SymInt window_right=-1,
+SymInt? diagonal=None,
+float softcap=0.,
+Tensor? alibi_slopes=None,
+Tensor? attn_bias=None,
+Tensor? sink=None,
+float dropout_p=0.,
+Tensor? rng_state=None,
+bool deterministic=False,
+SymInt num_splits=0
+) -> (Tensor out, Tensor lse)""",
         )
 
     def test_varlen_fwd(self) -> None:
@@ -306,12 +355,13 @@ class TestShape:
 
     @pytest.mark.parametrize("name", SCHEMAS)
     def test_pure_but_for_what_its_name_says(self, name: str) -> None:
-        """No argument is written to but the gradients of ``*_into``, and the first one of ``*_``; no result is a view
-        of one.
+        """No argument is written to but the gradients of ``*_into``, the caches of ``append_kv``, and the first one of
+        ``*_``; no result is a view of one.
         """
         schema = registered(name)
         written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
-        assert written == {"into": ["dq", "dk", "dv"], "": ["x"]}.get(name.rpartition("_")[2], [])
+        expected = {"into": ["dq", "dk", "dv"], "": ["x"], "kv": ["k_cache", "v_cache"]}
+        assert written == expected.get(name.rpartition("_")[2], [])
         assert schema.is_mutable == bool(written)
         assert not [value.name for value in schema.returns if value.alias_info is not None]
 

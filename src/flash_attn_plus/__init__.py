@@ -16,6 +16,7 @@ from .interface import (
     flash_attn_varlen_qkvpacked_func,
     merge_states,
 )
+from .kvcache import flash_attn_with_kvcache
 from .padding import (
     index_first_axis,
     pad_input,
@@ -44,6 +45,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "index_first_axis",
     "merge_states",
     "pad_input",

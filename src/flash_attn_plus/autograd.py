@@ -337,7 +337,8 @@ def _not_differentiable(name: str) -> type:
 
         @staticmethod
         def backward(ctx, *grads):
-            raise NotImplementedError(f"flash_attn_plus::{name} is not differentiable (no double backward)")
+            why = " (no double backward)" if "bwd" in name else ""
+            raise NotImplementedError(f"flash_attn_plus::{name} is not differentiable{why}")
 
         jvp = _no_forward_mode(name)
 

@@ -78,30 +78,33 @@ def _expect_per_head(name: str, tensor: Tensor, batch, heads) -> None:
         _expect_shape(name, tensor, "(batch, heads)", batch, heads)
 
 
-def _expect_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    _value(tensor.device == like.device, "{}: expected device {} (q's), got {}", name, like.device, tensor.device)
+def _expect_device(name: str, tensor: Tensor, like: Tensor, whose: str = "q") -> None:
+    _value(
+        tensor.device == like.device, "{}: expected device {} ({}'s), got {}", name, like.device, whose, tensor.device
+    )
 
 
-def _qkv(q: Tensor, k: Tensor, v: Tensor, heads_axis: int) -> None:
+def _qkv(q: Tensor, k: Tensor, v: Tensor, heads_axis: int, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
     """What dense and varlen share: dtype, device, layout, heads and head dimensions."""
     _type(q.dtype in _DTYPES, "q: expected dtype float16, bfloat16, float32 or float64, got {}", q.dtype)
-    for name, tensor in (("k", k), ("v", v)):
+    for name, tensor in zip(names[1:], (k, v), strict=True):
         _type(tensor.dtype == q.dtype, "{}: expected dtype {} (q's), got {}", name, q.dtype, tensor.dtype)
         _expect_device(name, tensor, q)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+    for name, tensor in zip(names, (q, k, v), strict=True):
         _type(tensor.layout is torch.strided, "{}: expected a strided tensor, got layout {}", name, tensor.layout)
     heads, dim = q.shape[heads_axis:]
-    for name, tensor in (("q", q), ("v", v)):
+    for name, tensor in zip(names[::2], (q, v), strict=True):
         size = tensor.shape[-1]
         _value(size >= 1, "{}: expected head_dim of at least 1, got shape {}", name, tensor)
         _not_implemented(size <= MAX_HEAD_DIM, "{}: head_dim up to {} is implemented, got {}", name, MAX_HEAD_DIM, size)
-    _value(k.shape[-1] == dim, "k: expected head_dim {} (q's), got shape {}", dim, k)
+    _value(k.shape[-1] == dim, "{}: expected head_dim {} (q's), got shape {}", names[1], dim, k)
     heads_k = k.shape[-2]
-    _value(heads_k >= 1, "k: expected at least one head, got shape {}", k)
+    _value(heads_k >= 1, "{}: expected at least one head, got shape {}", names[1], k)
     _value(heads >= 1, "q: expected at least one head, got shape {}", q)
     _value(
         heads % heads_k == 0,
-        "q: expected the number of heads to be a multiple of k's ({}), got {} (shape {})",
+        "q: expected the number of heads to be a multiple of {}'s ({}), got {} (shape {})",
+        names[1],
         heads_k,
         heads,
         q,
@@ -157,9 +160,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> None:
     _variant(q, variant, batch, heads, seqlen_q, seqlen_k)
 
 
-def _int32(name: str, tensor: Tensor, like: Tensor) -> None:
+def _int32(name: str, tensor: Tensor, like: Tensor, whose: str = "q") -> None:
     _type(tensor.dtype == torch.int32, "{}: expected dtype torch.int32, got {}", name, tensor.dtype)
-    _expect_device(name, tensor, like)
+    _expect_device(name, tensor, like, whose)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant) -> None:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, checks_rotary, into, log, native, rotate, rowblocks, states
-from .schemas import Rotation, Variant, Varlen, band
+from . import cache, checks, checks_cache, checks_rotary, into, log, native, rotate, rowblocks, states
+from .schemas import Cache, New, Rotation, Variant, Varlen, band
 from .strides import contiguous_rows
 
 combine = states.combine
@@ -199,6 +199,18 @@ def rotary_(x: Tensor, rotation: Rotation) -> None:
     rotate.rotary_(x, rotation)
 
 
+def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, new: New) -> None:
+    checks_cache.values(k_cache, new.cache_seqlens, k.shape[1], new.cache_batch_idx, None, new.block_table)
+    cache.append_kv(k_cache, v_cache, k, v, new)
+
+
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Cache, variant: Variant, num_splits: int
+) -> tuple[Tensor, Tensor]:
+    checks_cache.values(k_cache, *where)
+    return cache.decode(q, k_cache, v_cache, where, variant, num_splits, forward)
+
+
 def _choices(
     q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None, variant: Variant, layout: Varlen | None
 ) -> tuple[Choice, Choice, str]:
@@ -234,6 +246,10 @@ def say(kernel: str, *structured) -> None:
         # One that is there and does not load is a fault; one that was never built is a choice.
         level = logging.INFO if native.find() is None else logging.WARNING
         log.once("native CPU library: %s", native.status(), level=level)
+    if kernel == "decode":
+        if feature := _feature(next(x for x in structured if isinstance(x, Variant))):
+            log.once("CPU, cache: row blocks in plain PyTorch: %s", _only_row_blocks(feature).reason)
+        return
     variant, layout = (next((x for x in structured if isinstance(x, part)), None) for part in (Variant, Varlen))
     direction = "backward" if "backward" in kernel else "forward"
     if direction == "backward":

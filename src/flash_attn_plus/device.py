@@ -22,6 +22,16 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Its multiprocessors (compute units), each of which runs programs of its own; a guess where nobody says."""
+    if device.type == "cpu":
+        return 1
+    module = torch.get_device_module(device)
+    properties = module.get_device_properties(device) if hasattr(module, "get_device_properties") else None
+    return getattr(properties, "multi_processor_count", 64)
+
+
 def accelerators() -> list[torch.device]:
     """The devices beside the CPU that this PyTorch can use."""
     if not torch.accelerator.is_available():

@@ -18,7 +18,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.autograd.profiler as profiler
 from torch import Tensor
 
-from . import autocast, autograd, library
+from . import autocast, autograd, checks_cache, library
 from .schemas import Variant, Varlen
 
 # Private names of PyTorch; test/test_eager.py fails when one goes.
@@ -183,3 +183,64 @@ def varlen_fwd(
     structured: tuple[Tensor, Tensor, Tensor, Varlen, Variant], joint: Joint | None = None
 ) -> tuple[Tensor, Tensor]:
     return _varlen_fwd(structured, joint)
+
+
+class _Undifferentiated:
+    """The way to an operator that has no gradient."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.op, self.memory = name, library.overload(name), library.memory_of(name)
+
+    def recalled(self, structured: tuple) -> Callable | None:
+        """What runs, where all that the dispatcher would do is pass the call on."""
+        found = self.memory.latest_like(structured)
+        if found is not None:
+            records = found.records
+        else:
+            one = structured[0]
+            found = self.memory.recall(structured) if isinstance(one, Tensor) and _only_gradients(one) else None
+            if found is None:
+                return None
+            records = _is_recorded(library.flatten(self.name, structured))
+        if records and torch.is_grad_enabled():
+            return None
+        return _without_autocast(found.run) if _any_autocast() else found.run
+
+    def cross(self, *structured):
+        return self.op(*library.flatten(self.name, structured))
+
+
+_append, _decode = _Undifferentiated("append_kv"), _Undifferentiated("decode")
+
+
+def check_step(append: tuple, decode: tuple) -> None:
+    """Raise what ``step`` would raise."""
+    if not torch.compiler.is_compiling():  # there, the operators' fakes check
+        checks_cache.append_kv(*append)
+        checks_cache.decode(*decode)
+
+
+def step(append: tuple | None, decode: tuple) -> tuple[Tensor, Tensor]:
+    """The operator ``append_kv`` where there are arguments for it, and ``decode``: both as library.parse gives them."""
+    if torch.compiler.is_compiling():
+        if append is not None:
+            _append.cross(*append)
+        return _decode.cross(*decode)
+    quick = not _is_observed()
+    attend = _decode.recalled(decode) if quick else None
+    if append is not None:
+        write = _append.recalled(append) if quick and _may_write_into(append[:2]) else None
+        if attend is None or write is None:
+            check_step(append, decode)  # of both, before anything is written
+        if write is None:
+            _append.cross(*append)
+        else:
+            if not torch.is_inference_mode_enabled():
+                torch.autograd.graph.increment_version(append[:2])
+            write(*append)
+    return (attend or _decode.cross)(*decode)
+
+
+def _may_write_into(caches: Sequence[Tensor]) -> bool:
+    """Whether caches may be written into without asking the dispatcher, which refuses it for some."""
+    return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in caches)

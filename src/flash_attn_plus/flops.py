@@ -1,7 +1,8 @@
 """FLOP formulas for ``torch.utils.flop_counter``, counted as PyTorch counts SDPA.
 
 Every query meets every key (what causal masks and windows skip is not subtracted). Varlen counts the segments
-between the offsets, seqused and leftpad left aside, and the longest everywhere where the offsets are fake.
+between the offsets, seqused and leftpad left aside, and the longest everywhere where the offsets are fake; a cache
+counts the keys that are there.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ def _backward(dout, q, k, v, *args, **kwargs) -> int:
     return flop_counter.sdpa_backward_flop_count(*(_heads_first(q[2], shape) for shape in (dout, q, k, v)))
 
 
-def _lengths(cu_seqlens: torch.Tensor, longest: int) -> list[int]:
+def _is_fake(x: torch.Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    if isinstance(cu_seqlens, (FakeTensor, FunctionalTensor)) or cu_seqlens.is_meta:
+    return isinstance(x, (FakeTensor, FunctionalTensor)) or x.is_meta
+
+
+def _lengths(cu_seqlens: torch.Tensor, longest: int) -> list[int]:
+    if _is_fake(cu_seqlens):
         return [longest] * (cu_seqlens.shape[0] - 1)
     return cu_seqlens.diff().tolist()
 
@@ -58,10 +63,33 @@ def _varlen_backward_into(dout, q, k, v, out, lse, dlse, dq, dk, dv, *args, **kw
     return _varlen_backward(dout, q, k, v, out, lse, dlse, *args)
 
 
+def _decode(
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens=None,
+    seqlen_new=0,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    block_table=None,
+    *args,
+    **kwargs,
+) -> int:
+    """Of the keys that are there; of the capacity where that cannot be read."""
+    capacity = k_cache.shape[1]
+    if block_table is not None:
+        capacity *= block_table.shape[1]
+    batch, readable = q.shape[0], cache_seqlens is not None and not _is_fake(cache_seqlens)
+    lengths = [min(n + seqlen_new, capacity) for n in cache_seqlens.tolist()] if readable else [capacity] * batch
+    shapes = ((1, *q.shape[1:]), (1, sum(lengths), *k_cache.shape[2:]), (1, sum(lengths), *v_cache.shape[2:]))
+    return _forward(*shapes)
+
+
 def _register() -> None:
     ops = getattr(torch.ops, NAMESPACE)
     flop_counter.register_flop_formula(ops.fwd)(_forward)
     flop_counter.register_flop_formula(ops.bwd)(_backward)
+    flop_counter.register_flop_formula(ops.decode, get_raw=True)(_decode)
     flop_counter.register_flop_formula(ops.bwd_into)(_backward)
     flop_counter.register_flop_formula(ops.varlen_fwd, get_raw=True)(_varlen_forward)
     flop_counter.register_flop_formula(ops.varlen_bwd, get_raw=True)(_varlen_backward)

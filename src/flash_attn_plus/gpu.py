@@ -6,17 +6,20 @@ on values; ``explain`` prints it, with the plan that a kernel runs with.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import device, into, log, plan, rotate, rowblocks, states
-from .schemas import Rotation, Variant, Varlen
+from . import cache, device, into, log, plan, rotate, rowblocks, states
+from .schemas import Cache, New, Rotation, Variant, Varlen
 
-combine = states.combine
 merge_states = states.merge_states
+
+
+_MOST_COLUMNS = 1024  # of what the kernel of ``combine`` holds at once
 
 
 def why_row_blocks(q: Tensor) -> str | None:
@@ -111,6 +114,33 @@ def prepare_rotary_(x: Tensor, rotation: Rotation) -> Callable:
     from .kernels.rotary import Rotary
 
     return Rotary(x, rotation, in_place=True)
+
+
+def prepare_append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, new: New) -> Callable:
+    if why_row_blocks(k):
+        return cache.append_kv
+    from .kernels.append import Append
+
+    return Append(k_cache, v_cache, k, v, new)
+
+
+def prepare_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Cache, variant: Variant, num_splits: int
+) -> Callable:
+    if why_row_blocks(q):
+        return functools.partial(cache.decode, forward=rowblocks.forward)
+    from .kernels.decode import prepare
+
+    return prepare(q, k_cache, v_cache, where, variant, num_splits)
+
+
+def prepare_combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> Callable:
+    wide = torch.float64 in (out_partial.dtype, lse_partial.dtype, out_dtype)
+    if wide or device.why_no_triton() or not 1 <= out_partial.shape[-1] <= _MOST_COLUMNS:
+        return states.combine
+    from .kernels.combine import Combine
+
+    return Combine(out_partial, lse_partial, out_dtype)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, checks_rotary, native
+from . import checks, checks_cache, checks_rotary, native
 from .memory import Memory, signature
-from .schemas import NAMESPACE, SCHEMAS, Rotation, Variant, Varlen
+from .schemas import NAMESPACE, SCHEMAS, Cache, New, Rotation, Variant, Varlen
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -49,13 +49,24 @@ def written_arguments(name: str) -> tuple[int, ...]:
     return tuple(i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write)
 
 
+def _parts_of(names: tuple[str, ...]) -> tuple[list[str], list[type], list[str]]:
+    """The arguments in front of, and behind, those that make up Varlen, Cache, New and Variant."""
+    parts = [part for part in (Varlen, Cache, New, Variant) if set(part._fields) <= set(names)]
+    inside = set().union(*(part._fields for part in parts))
+    last = max(i for i, name in enumerate(names) if name in inside)
+    outside = [(i, name) for i, name in enumerate(names) if name not in inside]
+    return [name for i, name in outside if i < last], parts, [name for i, name in outside if i > last]
+
+
 def _attention_parser(name: str) -> Callable:
-    """All arguments -> the tensors, Varlen where there are offsets, Variant, the needs: what checks and kernels take.
+    """All arguments -> the tensors, Varlen or Cache where there is one, Variant, what is left: what checks and kernels
+    take.
 
     By name and not by place: an option that a later release appends to Variant or Varlen stands behind everything
     else in the schema.
     """
     names = argument_names(name)
+    tensors, parts, rest = _parts_of(names)
 
     def pick(wanted: Sequence[str]) -> Callable[[tuple], tuple]:
         places = [names.index(name) for name in wanted]
@@ -63,31 +74,27 @@ def _attention_parser(name: str) -> Callable:
             return operator.itemgetter(*places)
         return lambda args: tuple([args[i] for i in places])  # of one place, itemgetter makes no tuple
 
-    needs = [argument for argument in names if argument.startswith("need_")]
-    tensors = [argument for argument in names if argument not in (*Varlen._fields, *Variant._fields, *needs)]
-    pick_tensors, pick_variant, pick_needs = pick(tensors), pick(Variant._fields), pick(needs)
+    pick_tensors, pick_rest = pick(tensors), pick(rest)
+    make, pick_part = parts[-1]._make, pick(parts[-1]._fields)
 
-    def parse_dense(*args):
-        return *pick_tensors(args), Variant._make(pick_variant(args)), *pick_needs(args)
+    def parse_one(*args):
+        return *pick_tensors(args), make(pick_part(args)), *pick_rest(args)
 
-    if "cu_seqlens_q" not in names:
-        return parse_dense
-    pick_layout = pick(Varlen._fields)
+    if len(parts) == 1:
+        return parse_one
+    make_first, pick_first = parts[0]._make, pick(parts[0]._fields)
 
-    def parse_varlen(*args):
-        layout, variant = Varlen._make(pick_layout(args)), Variant._make(pick_variant(args))
-        return *pick_tensors(args), layout, variant, *pick_needs(args)
+    def parse_two(*args):
+        return *pick_tensors(args), make_first(pick_first(args)), make(pick_part(args)), *pick_rest(args)
 
-    return parse_varlen
+    return parse_two
 
 
 def _attention_flattener(name: str) -> Callable:
     """The way back: what the parser returns -> all arguments."""
     names = argument_names(name)
-    needs = [argument for argument in names if argument.startswith("need_")]
-    tensors = [argument for argument in names if argument not in (*Varlen._fields, *Variant._fields, *needs)]
-    parts = (Varlen._fields, Variant._fields) if "cu_seqlens_q" in names else (Variant._fields,)
-    order = [*tensors, *itertools.chain(*parts), *needs]
+    tensors, parts, rest = _parts_of(names)
+    order = [*tensors, *itertools.chain(*(part._fields for part in parts)), *rest]
     places, count = [order.index(name) for name in names], len(tensors)
     end, in_order = count + len(parts), places == sorted(places)
 
@@ -172,11 +179,19 @@ def _rotary_result(x, rotation):
     return x.new_empty(x.shape)
 
 
+def _decode_results(q, k_cache, v_cache, cache, variant, num_splits):
+    return _fwd_results(q, k_cache, v_cache, variant)
+
+
 def _no_results(*structured):
     return None
 
 
-_flatteners = {name: _attention_flattener(name) for name in SCHEMAS if "Tensor? attn_bias" in SCHEMAS[name]}
+_flatteners = {
+    name: _attention_flattener(name)
+    for name in SCHEMAS
+    if "Tensor? attn_bias" in SCHEMAS[name] or "cache_seqlens" in SCHEMAS[name]
+}
 
 
 def flatten(name: str, structured: tuple) -> tuple:
@@ -215,6 +230,8 @@ _OPERATORS = {
     "rotary_": _Operator(
         _parse_rotation, checks_rotary.rotary_, _no_results, "rotary_", ("offset",), checks_rotary.offset
     ),
+    "append_kv": _Operator(_attention_parser("append_kv"), checks_cache.append_kv, _no_results, "append_kv"),
+    "decode": _Operator(_attention_parser("decode"), checks_cache.decode, _decode_results, "decode"),
 }
 
 
@@ -265,7 +282,7 @@ def _device_kernel(name: str, module: str) -> Callable:
     def prepared(structured: tuple) -> Callable:
         check(*structured)
         implementation = importlib.import_module(f"{__package__}.{module}")
-        if name in _flatteners:  # attention
+        if "Tensor? attn_bias" in SCHEMAS[name]:  # attention
             implementation.say(attribute, *structured)
         prepare = getattr(implementation, f"prepare_{attribute}", None)
         return prepare(*structured) if prepare else getattr(implementation, attribute)

@@ -292,8 +292,92 @@ BACKWARD: dict[str, dict[tuple[int, int], tuple[BackwardRow, BackwardRow]]] = {
 BACKWARD["sm_120"] = BACKWARD["sm_86"]
 BACKWARD["gfx90a"] = BACKWARD["gfx942"]
 
+
+class DecodePlan(NamedTuple):
+    BLOCK_N: int  # keys of a tile
+    num_warps: int
+    num_stages: int  # tiles of keys and values in flight
+    programs: int  # that run together on a processor
+    shortest: int  # keys that a part of a sequence has at least: whole tiles
+
+
+class DecodeRow(NamedTuple):
+    split: DecodePlan  # where sequences are split among the processors
+    whole: DecodePlan  # where there are enough of them without
+
+
+def most_rows_of_decode(itemsize: int, head_dim: int) -> int:
+    """Query rows of a tile, the heads of a key head counted: what 4 warps hold. float32 products are unrolled."""
+    if itemsize > 2:
+        return 16
+    return 64 if head_dim <= 64 else 32
+
+
+def _decode_row(*tiles: tuple[int, int, int, int, int]) -> DecodeRow:
+    return DecodeRow(*(DecodePlan(*x) for x in tiles))
+
+
+# As FORWARD: architecture -> (bytes of an element, columns of a tile).
+DECODE: dict[str, dict[tuple[int, int], DecodeRow]] = {
+    # (2, 128): measured on an H100 (docs/performance.md). The others were chosen to fit.
+    "sm_90": {
+        (2, 64): _decode_row((128, 4, 4, 1, 128), (128, 4, 3, 3, 128)),
+        (2, 128): _decode_row((128, 4, 3, 1, 128), (128, 4, 2, 3, 128)),
+        (2, 256): _decode_row((64, 4, 3, 1, 128), (32, 4, 3, 2, 128)),
+        (4, 64): _decode_row((32, 4, 3, 1, 128), (32, 4, 3, 3, 128)),
+        (4, 128): _decode_row((16, 4, 3, 1, 128), (16, 4, 3, 3, 128)),
+        (4, 256): _decode_row((16, 4, 3, 1, 128), (16, 4, 2, 2, 128)),
+    },
+    "sm_86": {
+        (2, 64): _decode_row((128, 4, 3, 1, 128), (64, 4, 3, 2, 128)),
+        (2, 128): _decode_row((64, 4, 3, 1, 128), (64, 4, 2, 2, 128)),
+        (2, 256): _decode_row((32, 4, 3, 1, 128), (32, 4, 2, 2, 128)),
+        (4, 64): _decode_row((32, 4, 2, 1, 128), (32, 4, 2, 2, 128)),
+        (4, 128): _decode_row((16, 4, 2, 1, 128), (16, 4, 2, 2, 128)),
+        (4, 256): _decode_row((16, 4, 2, 1, 128), (16, 4, 2, 1, 128)),
+    },
+    "gfx942": {
+        (2, 64): _decode_row((64, 4, 1, 2, 128), (64, 4, 1, 4, 128)),
+        (2, 128): _decode_row((64, 4, 1, 2, 128), (64, 4, 1, 4, 128)),
+        (2, 256): _decode_row((32, 4, 1, 2, 128), (32, 4, 1, 4, 128)),
+        (4, 64): _decode_row((32, 4, 1, 2, 128), (32, 4, 1, 4, 128)),
+        (4, 128): _decode_row((32, 4, 1, 2, 128), (32, 4, 1, 4, 128)),
+        (4, 256): _decode_row((16, 4, 1, 2, 128), (16, 4, 1, 4, 128)),
+    },
+    "gfx1100": {
+        (2, 64): _decode_row((64, 4, 1, 2, 128), (64, 4, 1, 4, 128)),
+        (2, 128): _decode_row((32, 4, 1, 2, 128), (32, 4, 1, 4, 128)),
+        (2, 256): _decode_row((16, 4, 1, 2, 128), (16, 4, 1, 4, 128)),
+        (4, 64): _decode_row((16, 8, 1, 2, 128), (16, 8, 1, 4, 128)),
+        (4, 128): _decode_row((16, 8, 1, 2, 128), (16, 8, 1, 4, 128)),
+        (4, 256): _decode_row((16, 8, 1, 2, 128), (16, 8, 1, 4, 128)),
+    },
+}
+DECODE["sm_80"] = DECODE["sm_100"] = DECODE["sm_90"]
+DECODE["sm_120"], DECODE["gfx90a"] = DECODE["sm_86"], DECODE["gfx942"]
+
+
+class Splits(NamedTuple):
+    """See kernels/splits.py."""
+
+    parts: int | None
+    shares: int
+
+
+def splits(row: DecodeRow, fit: int, batch: int, capacity: int, num_splits: int, equal: bool) -> Splits:
+    """How the keys of a batch are split where ``fit`` slots run together; ``equal``: sequences have as many keys."""
+    if num_splits > 0:
+        return Splits(max(1, min(num_splits, -(-capacity // row.split.BLOCK_N))), 0)
+    most = -(-capacity // row.split.shortest)
+    if equal or batch == 1:
+        return Splits(max(1, min(fit // batch, most)), 0)
+    shares = min(fit, batch * most)
+    return Splits(None, shares) if shares >= 2 * batch else Splits(1, 0)
+
+
 # Anything that Triton compiles for: small enough for the smallest.
 _ANYWHERE = {2: Plan(32, 32, 4, 1), 4: Plan(16, 16, 4, 1)}
+_DECODE_ANYWHERE = DecodePlan(16, 4, 1, 2, 128)
 
 
 def row_arch(arch: str) -> str | None:
@@ -327,3 +411,10 @@ def backward(problem: Problem) -> BackwardRow:
         tiles = _ANYWHERE[problem.itemsize]
         return BackwardRow(tiles, tiles, None, tiles)
     return BACKWARD[arch][problem.itemsize, max(64, block_dim(problem.head_dim))][problem.options]
+
+
+def decode(arch: str, itemsize: int, head_dim: int) -> DecodeRow:
+    arch = row_arch(arch)
+    if arch not in DECODE:
+        return DecodeRow(_DECODE_ANYWHERE, _DECODE_ANYWHERE)
+    return DECODE[arch][itemsize, max(64, block_dim(head_dim))]

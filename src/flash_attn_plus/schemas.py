@@ -30,6 +30,14 @@ _ROTATION = (
     "Tensor cos, Tensor sin, SymInt offset=0, Tensor? seqlen_offsets=None, Tensor? cu_seqlens=None, "
     "SymInt? max_seqlen=None, bool interleaved=False, bool conjugate=False"
 )
+_CACHE = (
+    "Tensor? cache_seqlens=None, SymInt seqlen_new=0, Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, "
+    "Tensor? block_table=None"
+)
+_NEW = (
+    "Tensor cache_seqlens, Tensor? cache_batch_idx=None, Tensor? block_table=None, Tensor? rotary_cos=None, "
+    "Tensor? rotary_sin=None, bool rotary_interleaved=True"
+)
 _GRADS_OF_OPTIONS = "(Tensor dsink, Tensor dbias)"
 _GRADS = "(Tensor dq, Tensor dk, Tensor dv, Tensor dsink, Tensor dbias)"
 
@@ -47,6 +55,8 @@ SCHEMAS: dict[str, str] = {
     ),
     "rotary": f"(Tensor x, {_ROTATION}) -> Tensor",
     "rotary_": f"(Tensor(a!) x, {_ROTATION}) -> ()",
+    "append_kv": f"(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, {_NEW}) -> ()",
+    "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_CACHE}, {_VARIANT}, SymInt num_splits=0) -> {_OUT}",
     # Implemented by the native library (csrc/) on CPU only; chosen by cpu.py, never called by users.
     "_cpu_forward": (
         "(Tensor q, Tensor k, Tensor v, float softmax_scale, int left, int right, int diagonal) -> "
@@ -94,6 +104,36 @@ class Varlen(NamedTuple):
     seqused_k: Tensor | None = None
     leftpad_k: Tensor | None = None
     block_table: Tensor | None = None
+
+
+class Cache(NamedTuple):
+    """Which keys of a cache a batch sees, in the order of the schemas.
+
+    A cache is (caches, capacity, heads_k, dim); sequence b has number ``cache_batch_idx[b]``, or b. With
+    ``block_table`` it lies in pages, as in ``Varlen``, and its capacity are all pages of a row of the table. The keys
+    of sequence b end at ``cache_seqlens[b] + seqlen_new`` (the capacity where ``cache_seqlens`` is None) and start at
+    ``cache_leftpad[b]``.
+    """
+
+    cache_seqlens: Tensor | None = None
+    seqlen_new: int = 0
+    cache_batch_idx: Tensor | None = None
+    cache_leftpad: Tensor | None = None
+    block_table: Tensor | None = None
+
+
+class New(NamedTuple):
+    """Where new keys and values go, in the order of the schemas: behind the ``cache_seqlens[b]`` that are there.
+
+    Keys are rotated by the angles of the row of the cache that they go to, where there are tables (see ``Rotation``).
+    """
+
+    cache_seqlens: Tensor
+    cache_batch_idx: Tensor | None = None
+    block_table: Tensor | None = None
+    rotary_cos: Tensor | None = None
+    rotary_sin: Tensor | None = None
+    rotary_interleaved: bool = True
 
 
 class Rotation(NamedTuple):

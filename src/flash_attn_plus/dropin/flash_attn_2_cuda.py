@@ -143,8 +143,39 @@ def varlen_bwd(
     return [*grads, softmax_d]
 
 
+def fwd_kvcache(
+    q: Tensor,
+    kcache: Tensor,
+    vcache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seqlens_k: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    leftpad_k: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    out: Tensor | None,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    is_rotary_interleaved: bool,
+    num_splits: int,
+) -> list[Tensor]:
+    """[out, softmax_lse]; the first is the given ``out``, filled, where there is one."""
+    results = interface.flash_attn_with_kvcache(
+        *(q, kcache, vcache, k, v, rotary_cos, rotary_sin, seqlens_k, cache_batch_idx, leftpad_k, block_table),
+        *(softmax_scale, is_causal, (window_size_left, window_size_right), softcap, is_rotary_interleaved),
+        *(alibi_slopes, num_splits, True),
+    )
+    return _into(out, results)
+
+
 def _gradients(given: tuple[Tensor | None, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) if grad is None else grad for grad, x in zip(given, of, strict=True))
 
 
-__getattr__ = not_served(__name__, ["fwd", "varlen_fwd", "bwd", "varlen_bwd"])
+__getattr__ = not_served(__name__, ["fwd", "varlen_fwd", "bwd", "varlen_bwd", "fwd_kvcache"])

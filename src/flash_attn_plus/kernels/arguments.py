@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import device, plan
-from ..schemas import Variant, Varlen, band
+from ..schemas import Cache, Variant, Varlen, band
 from ..strides import has_contiguous_rows, strides_of
 from . import scores, tiles
 
@@ -41,29 +41,33 @@ def empty(*results: Result | None) -> list[Tensor | None]:
 class Common:
     """What all kernels of a call take, from ``group`` to ``bias``. Made anew in every call where tensors are in it."""
 
-    def __init__(self, q: Tensor, k: Tensor, variant: Variant, varlen: Varlen | None) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, variant: Variant, varlen: Varlen | None, cache: Cache | None = None
+    ) -> None:
         self.group = q.shape[-2] // k.shape[-2]
         # Rows and columns of a bias that is full.
         self.longest = (q.shape[1], k.shape[1]) if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k)
-        self.layout = self._layout(q, k, None) if varlen is None else None
+        self.layout = self._layout(q, k, None, None) if varlen is None and cache is None else None
         self.options = None if any(isinstance(x, Tensor) for x in variant) else self._options(q, variant)
         # All of it, where no tensor is in it.
         self.fixed = (self.group, *self.layout, *self.options) if self.layout and self.options else None
 
-    def __call__(self, q: Tensor, k: Tensor, variant: Variant, varlen: Varlen | None) -> tuple:
-        layout = self.layout or self._layout(q, k, varlen)
+    def __call__(
+        self, q: Tensor, k: Tensor, variant: Variant, varlen: Varlen | None, cache: Cache | None = None
+    ) -> tuple:
+        layout = self.layout or self._layout(q, k, varlen, cache)
         return self.group, *layout, *(self.options or self._options(q, variant))
 
     def after(self, strides: tuple) -> tuple | None:
         """Everything behind a kernel's tensors, where it is the same in every call: then in one and the same tuple."""
         return None if self.fixed is None else (*strides, *self.fixed)
 
-    def _layout(self, q: Tensor, k: Tensor, varlen: Varlen | None) -> tuple:
-        of_batch = _layout(q, k, varlen)
+    def _layout(self, q: Tensor, k: Tensor, varlen: Varlen | None, cache: Cache | None) -> tuple:
+        of_batch = _layout(q, k, varlen) if cache is None else _cached_layout(q, k, cache)
         return *of_batch[:3], tuple(of_batch[3:])
 
     def _options(self, q: Tensor, variant: Variant) -> tuple:
-        of_call, bias = _variant(q, variant), variant.attn_bias
+        of_call, bias = launched(q, variant), variant.attn_bias
         if bias is not None:
             bias = scores.Bias(bias, *strides_of(bias, (0, 1, 2, 3)), *self.longest)
         return *of_call[:3], tuple(of_call[3:]), bias
@@ -81,7 +85,27 @@ def _layout(q: Tensor, k: Tensor, varlen: Varlen | None) -> tiles.Layout:
     return tiles.Layout(batch, q.shape[0], k.shape[0], q.shape[1], *map(contiguous, lists), *pages)
 
 
-def _variant(q: Tensor, variant: Variant) -> scores.Variant:
+def room(k_cache: Tensor, cache: Cache) -> tuple[int, tuple[int | None, int | None, int | None], int | None]:
+    """The keys that a cache has room for, (max_pages, elements of a row of the table, num_pages), and the page size."""
+    count, rows, table = k_cache.shape[0], k_cache.shape[1], cache.block_table
+    if table is None:
+        return rows if count else 0, (None, None, None), None
+    max_pages = table.shape[1] if count else 0  # no pages: no table, whatever it holds
+    return max_pages * rows, (max_pages, table.shape[1], count), rows
+
+
+def _cached_layout(q: Tensor, k_cache: Tensor, cache: Cache) -> tiles.Layout:
+    capacity, pages, page_size = room(k_cache, cache)
+    seqlens, seqlen_new, *others = cache
+    seqlens, batch_idx, leftpad, table = map(contiguous, (seqlens, *others))
+    return tiles.Layout(
+        *(q.shape[0], q.shape[1], capacity, q.shape[2], None, None, None, seqlens, leftpad, table),
+        *(*pages, page_size, k_cache.shape[0], batch_idx, seqlen_new),
+    )
+
+
+def launched(q: Tensor, variant: Variant) -> scores.Variant:
+    """The options of a call as kernels take them."""
     scale = q.shape[-1] ** -0.5 if variant.softmax_scale is None else variant.softmax_scale
     unit = math.log2(math.e) * scale
     # A scale that is not positive turns a maximum over; one that vanishes in float32 makes NaN of -inf.

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import plan
-from ..schemas import Variant, Varlen
+from ..schemas import Cache, Variant, Varlen
 from ..strides import contiguous_rows, has_contiguous_rows
 from . import arguments, scores, softmax, tiles
 from .launch import Launch, Prepared
@@ -25,7 +25,7 @@ from .launch import Launch, Prepared
 )
 def forward_kernel(
     q_ptr,  # (batch, rows, heads, HEAD_DIM), or (rows, heads, HEAD_DIM) and so on where the batch is packed
-    k_ptr,  # (pages, page_size, heads_k, HEAD_DIM) where the keys are in pages
+    k_ptr,  # (pages, page_size, heads_k, HEAD_DIM) where the keys are in pages, (caches, capacity, ...) in a cache
     v_ptr,
     out_ptr,  # contiguous
     lse_ptr,  # float32, contiguous
@@ -68,8 +68,8 @@ def forward_kernel(
     q = tiles.load(q_ptrs, rows, sequence.seqlen_q, HEAD_DIM, BLOCK_D, True)
 
     head_k = head_q // group
-    k_ptr = tiles.head_start(k_ptr, sequence.batch, head_k, strides_k)
-    v_ptr = tiles.head_start(v_ptr, sequence.batch, head_k, strides_v)
+    k_ptr = tiles.head_start(k_ptr, sequence.key_batch, head_k, strides_k)
+    v_ptr = tiles.head_start(v_ptr, sequence.key_batch, head_k, strides_v)
     k_ptr = tiles.row_start(k_ptr, sequence.key_start, strides_k)
     v_ptr = tiles.row_start(v_ptr, sequence.key_start, strides_v)
 
@@ -130,12 +130,21 @@ def forward_kernel(
 
 
 class Forward(Prepared):
-    """The forward of arguments of one signature: all that follows from it, decided once. Dense where varlen is None.
+    """The forward of arguments of one signature: all that follows from it, decided once. Dense where varlen is None;
+    k and v are caches where there is ``cache``.
 
     Calling it with checked arguments of that signature returns out and lse.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None = None) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        variant: Variant,
+        varlen: Varlen | None = None,
+        cache: Cache | None = None,
+    ) -> None:
         heads, head_dim, head_dim_v = q.shape[-2], q.shape[-1], v.shape[-1]
         super().__init__(q.device)
         self.out = arguments.Result((*q.shape[:-1], head_dim_v), q.dtype, q.device)
@@ -145,7 +154,7 @@ class Forward(Prepared):
         self.no_sequences = varlen is not None and varlen.cu_seqlens_q.shape[0] == 1
         self.copies = not all(map(has_contiguous_rows, (q, k, v)))
         self.strides = tuple(arguments.strides(x) for x in (q, k, v))
-        self.common = arguments.Common(q, k, variant, varlen)
+        self.common = arguments.Common(q, k, variant, varlen, cache)
         self.rest = self.common.after(self.strides)
 
         chosen = plan.forward(arguments.problem(q, v, variant, varlen))
@@ -170,9 +179,17 @@ class Forward(Prepared):
             options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
         )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, varlen: Varlen | None = None):
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        variant: Variant,
+        varlen: Varlen | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
         if self.current_index() != self.index:
-            return self.elsewhere(q, k, v, variant, varlen)
+            return self.elsewhere(q, k, v, variant, varlen, cache)
         out, lse = arguments.empty(self.out, self.lse)
         if self.empty:
             return out, lse
@@ -180,5 +197,5 @@ class Forward(Prepared):
             return out.zero_(), lse.fill_(-torch.inf)
         if self.copies:
             q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
-        self.launch((q, k, v, out, lse), self.rest or (*self.strides, *self.common(q, k, variant, varlen)))
+        self.launch((q, k, v, out, lse), self.rest or (*self.strides, *self.common(q, k, variant, varlen, cache)))
         return out, lse

@@ -74,17 +74,9 @@ def rotary_kernel(
     if seqlen_offsets_ptr is not None:
         position += tl.load(seqlen_offsets_ptr + index, mask=exists, other=0).to(tl.int64)
     rotated = exists & (position >= 0) & (position < positions)
-    # (BLOCK_M, BLOCK_HALF)
-    pairs = tl.arange(0, BLOCK_HALF)
-    known = rotated[:, None] & (pairs < HALF)[None, :]
-    cos = tl.load(cos_ptr + _table_offsets(position, pairs, strides_cos), mask=known, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + _table_offsets(position, pairs, strides_sin), mask=known, other=0.0).to(tl.float32)
-    if CONJUGATE:
-        sin = -sin
-    # (BLOCK_M, 1, BLOCK_HALF)
-    cos = cos[:, None, :]
-    sin = sin[:, None, :]
-    rotated = rotated[:, None, None]
+    cos, sin = angles(
+        *(cos_ptr, sin_ptr, position, rotated, strides_cos, strides_sin, HALF, BLOCK_HALF, CONJUGATE),
+    )
 
     # (BLOCK_M, BLOCK_H, 1)
     tile_heads = first_head + tl.arange(0, BLOCK_H)
@@ -95,6 +87,55 @@ def rotary_kernel(
     out_ptrs = _tile_start(out_ptr, on_axis, first_row, first_head, strides_out)
     out_ptrs += _tile_offsets(strides_out, BLOCK_M, BLOCK_H, WIDE)
 
+    rotate(
+        *(x_ptrs, out_ptrs, strides_x, strides_out, cos, sin, rotated[:, None, None], owned),
+        *(BLOCK_M, BLOCK_H, HALF, BLOCK_HALF, INTERLEAVED, WIDE),
+    )
+    if BLOCK_REST > 0:
+        pass_on(x_ptrs, out_ptrs, strides_x, strides_out, owned, 2 * HALF, HEAD_DIM, BLOCK_REST, WIDE)
+
+
+@triton.jit
+def angles(
+    cos_ptr,
+    sin_ptr,
+    position,  # (BLOCK_M,)
+    rotated,  # (BLOCK_M,): which of them the tables have
+    strides_cos,
+    strides_sin,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    CONJUGATE: tl.constexpr,
+):
+    """cos and sin (BLOCK_M, 1, BLOCK_HALF) of the angles of each row, float32."""
+    pairs = tl.arange(0, BLOCK_HALF)
+    known = rotated[:, None] & (pairs < HALF)[None, :]
+    cos = tl.load(cos_ptr + _table_offsets(position, pairs, strides_cos), mask=known, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + _table_offsets(position, pairs, strides_sin), mask=known, other=0.0).to(tl.float32)
+    if CONJUGATE:
+        sin = -sin
+    return cos[:, None, :], sin[:, None, :]
+
+
+@triton.jit
+def rotate(
+    x_ptrs,  # (BLOCK_M, BLOCK_H, 1): column 0
+    out_ptrs,
+    strides_x,  # of (batch, row, head, column)
+    strides_out,
+    cos,  # (BLOCK_M, 1, BLOCK_HALF)
+    sin,
+    rotated,  # (BLOCK_M, 1, 1)
+    owned,  # (BLOCK_M, BLOCK_H, 1)
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Turn the first 2 * HALF columns of each row."""
+    pairs = tl.arange(0, BLOCK_HALF)
     # (BLOCK_M, BLOCK_H, BLOCK_HALF), or twice as many columns where a and b lie side by side
     if INTERLEAVED:
         columns = tl.arange(0, 2 * BLOCK_HALF)
@@ -108,7 +149,7 @@ def rotary_kernel(
     # Chosen, not multiplied by 1 and 0: what is passed on may hold anything.
     new_a = tl.where(rotated, a * cos - b * sin, a)
     new_b = tl.where(rotated, a * sin + b * cos, b)
-    dtype = out_ptr.dtype.element_ty
+    dtype = out_ptrs.dtype.element_ty
     if INTERLEAVED:
         value = tl.reshape(tl.join(new_a, new_b), [BLOCK_M, BLOCK_H, 2 * BLOCK_HALF])
         tl.store(out_ptrs + _column_offsets(columns, strides_out, WIDE), value.to(dtype), mask=mask)
@@ -116,12 +157,25 @@ def rotary_kernel(
         tl.store(out_ptrs + _column_offsets(pairs, strides_out, WIDE), new_a.to(dtype), mask=mask)
         tl.store(out_ptrs + _column_offsets(pairs + HALF, strides_out, WIDE), new_b.to(dtype), mask=mask)
 
-    if BLOCK_REST > 0:
-        for first in range(2 * HALF, HEAD_DIM, BLOCK_REST):
-            rest = first + tl.arange(0, BLOCK_REST)
-            rest_mask = owned & (rest < HEAD_DIM)[None, None, :]
-            passed_on = tl.load(x_ptrs + _column_offsets(rest, strides_x, WIDE), mask=rest_mask)
-            tl.store(out_ptrs + _column_offsets(rest, strides_out, WIDE), passed_on, mask=rest_mask)
+
+@triton.jit
+def pass_on(
+    x_ptrs,  # (BLOCK_M, BLOCK_H, 1): column 0
+    out_ptrs,
+    strides_x,
+    strides_out,
+    owned,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Copy columns FIRST to END of each row, BLOCK at a time."""
+    for first in range(FIRST, END, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        mask = owned & (columns < END)[None, None, :]
+        value = tl.load(x_ptrs + _column_offsets(columns, strides_x, WIDE), mask=mask)
+        tl.store(out_ptrs + _column_offsets(columns, strides_out, WIDE), value, mask=mask)
 
 
 @triton.jit

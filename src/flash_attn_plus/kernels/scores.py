@@ -186,13 +186,17 @@ def scores(
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
+    GROUP: tl.constexpr = 1,
 ):
     """What ``scale_and_cap`` returns (BLOCK_M, BLOCK_N) -> scores before the softmax, -inf where a query sees no key.
 
     MASK where the block crosses the edge of a window or of the sequence; TRANSPOSED where it is (BLOCK_N, BLOCK_M).
+    GROUP rows next to each other are heads of one query.
     """
     rows, columns = _aranges(BLOCK_M, BLOCK_N, TRANSPOSED)
     rows, columns = first_row + rows, first_column + columns
+    if GROUP > 1:
+        rows = rows // GROUP
     if variant.slopes_ptr is not None:
         distance = tl.abs(rows + head.diagonal - columns)
         s = s - head.slope * distance.to(tl.float32)

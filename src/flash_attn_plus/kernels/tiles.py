@@ -36,6 +36,11 @@ class Layout(NamedTuple):
     stride_table: tl.tensor | None = None
     num_pages: tl.tensor | None = None
     page_size: tl.tensor | None = None
+    # Of a batch of equally many queries and the caches of their keys, which are used from leftpad_k_ptr to
+    # seqused_k_ptr + seqlen_new.
+    num_caches: tl.tensor | None = None
+    cache_batch_ptr: tl.tensor | None = None  # (batch,); None: each its own
+    seqlen_new: tl.tensor | None = None
 
 
 class Sequence(NamedTuple):
@@ -48,6 +53,7 @@ class Sequence(NamedTuple):
     seqlen_q: tl.tensor  # those that are queries; the rest gets out 0, lse -inf
     key_start: tl.tensor  # its first row of k and v
     seqlen_k: tl.tensor
+    key_batch: tl.tensor  # its number on the batch axis of k and v
 
 
 @triton.jit
@@ -174,19 +180,46 @@ def query_tile(program, layout, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr)
         )
         seqlen_q = _used_queries(index, tl.where(exists, rows, 0), layout)
         key_start, seqlen_k = _keys_of(index, layout)
-        sequence = Sequence(index, index * 0, start, rows, seqlen_q, key_start, seqlen_k)
+        sequence = Sequence(index, index * 0, start, rows, seqlen_q, key_start, seqlen_k, index * 0)
     return sequence, head, first_row
 
 
 @triton.jit
+def cached_keys(index, layout, exist=True):
+    """First row and number of the keys that sequences have in their caches: inside of these, whatever the lists hold.
+
+    ``index`` is one number, or a block of them of which those exist that ``exist`` says.
+    """
+    end = layout.rows_k + index * 0
+    if layout.seqused_k_ptr is not None:
+        end = tl.load(layout.seqused_k_ptr + index, mask=exist, other=0)
+        # Not added to what is near the end of 32 bits.
+        end = tl.minimum(tl.maximum(end, 0), layout.rows_k - layout.seqlen_new) + layout.seqlen_new
+    start = index * 0
+    if layout.leftpad_k_ptr is not None:
+        start = tl.load(layout.leftpad_k_ptr + index, mask=exist, other=0)
+        start = tl.minimum(tl.maximum(start, 0), end)
+    return start, end - start
+
+
+@triton.jit
 def sequence_of(index, layout):
-    """A sequence of a batch whose keys are not in pages."""
-    if layout.cu_seqlens_q_ptr is None:
-        return Sequence(index, index, 0, layout.rows_q, layout.rows_q, 0, layout.rows_k)
-    else:
+    """A sequence of a batch whose keys are not in pages, unless these are its cache."""
+    if layout.cu_seqlens_q_ptr is not None:
         query_start, query_rows, seqlen_q = _queries_of(index, layout)
         key_start, seqlen_k = _keys_of(index, layout)
-        return Sequence(index, index * 0, query_start, query_rows, seqlen_q, key_start, seqlen_k)
+        return Sequence(index, index * 0, query_start, query_rows, seqlen_q, key_start, seqlen_k, index * 0)
+    elif layout.num_caches is None:
+        return Sequence(index, index, 0, layout.rows_q, layout.rows_q, 0, layout.rows_k, index)
+    else:
+        key_start, seqlen_k = cached_keys(index, layout)
+        if layout.block_table_ptr is not None:
+            key_batch = index * 0
+        elif layout.cache_batch_ptr is not None:
+            key_batch = clamp(tl.load(layout.cache_batch_ptr + index), 0, layout.num_caches - 1)
+        else:
+            key_batch = index
+        return Sequence(index, index, 0, layout.rows_q, layout.rows_q, key_start, seqlen_k, key_batch)
 
 
 @triton.jit
@@ -209,7 +242,9 @@ def key_tile(program, layout, heads_k, BLOCK_N: tl.constexpr):
         found = sequence_of(index, layout)
         seqlen_k = tl.where(exists, found.seqlen_k, 0)
         key_start = tl.where(exists, found.key_start, start)
-        sequence = Sequence(index, index * 0, found.query_start, found.query_rows, found.seqlen_q, key_start, seqlen_k)
+        sequence = Sequence(
+            index, index * 0, found.query_start, found.query_rows, found.seqlen_q, key_start, seqlen_k, index * 0
+        )
         return sequence, program // tiles, first_key, tl.where(exists, seqlen_k, rows)
 
 
@@ -234,12 +269,20 @@ def tile_offsets(strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
-def paged_offsets(columns, sequence, layout, strides, BLOCK_D: tl.constexpr):
-    """(columns, BLOCK_D) offsets of keys from their head. A page number outside the pool reads a page inside."""
+def page_of(column, sequence, layout):
+    """(page, row in it) of a key, or of a block of them. For a page number outside of the pool, a page inside."""
     table_ptr = layout.block_table_ptr + sequence.index.to(tl.int64) * layout.stride_table
-    page = tl.load(table_ptr + tl.minimum(columns // layout.page_size, layout.max_pages - 1))
-    page = clamp(page, 0, layout.num_pages - 1).to(tl.int64)
-    offsets = page * strides[0] + (columns % layout.page_size).to(tl.int64) * strides[1]
+    column = tl.maximum(column, 0)
+    page = tl.load(table_ptr + tl.minimum(column // layout.page_size, layout.max_pages - 1))
+    page = tl.cast(clamp(page, 0, layout.num_pages - 1), tl.int64)
+    return page, tl.cast(column % layout.page_size, tl.int64)
+
+
+@triton.jit
+def paged_offsets(columns, sequence, layout, strides, BLOCK_D: tl.constexpr):
+    """(columns, BLOCK_D) offsets of keys from their head."""
+    page, row = page_of(columns, sequence, layout)
+    offsets = page * strides[0] + row * strides[1]
     return offsets[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
 

@@ -229,8 +229,18 @@ def flash_attn_with_kvcache(
     alibi_slopes=None,
     num_splits=0,
     return_softmax_lse=False,
+    *,
+    s_aux=None,
 ):
-    raise NotImplementedError("flash_attn_with_kvcache: flash_attn_plus has no KV cache yet")
+    """:func:`flash_attn_plus.flash_attn_with_kvcache`."""
+    out, lse = flash_attn_plus.flash_attn_with_kvcache(
+        *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad),
+        *(block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits, True),
+        sink=s_aux,
+    )
+    if return_softmax_lse:
+        return out, lse.masked_fill(lse == -torch.inf, torch.inf) if infinite_lse else lse
+    return out
 
 
 # What other libraries build on. No results but `out` and `lse` are differentiable.

@@ -1,0 +1,168 @@
+"""Parts of attention over different keys -> attention over all of them: one Triton kernel.
+
+With the log-sum-exp l of each part: out = sum of exp(l - lse) * part, lse = log of the sum of exp(l). In the order of
+the parts, so that the result is always the same. Dao et al.: "Flash-Decoding for long-context inference" (2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import plan
+from ..strides import contiguous_rows, has_contiguous_rows, strides_of
+from . import arguments, softmax, splits, tiles
+from .launch import Launch, Prepared
+from .scores import Variant
+
+
+@triton.jit(do_not_specialize=["batch", "seqlen", "heads", "count"])
+def combine_kernel(
+    out_ptr,  # (batch, seqlen, heads, DIM), contiguous
+    lse_ptr,  # (batch, heads, seqlen), contiguous
+    parts_ptr,
+    lse_parts_ptr,
+    cache_seqlens_ptr,
+    leftpad_ptr,
+    strides,  # of parts: (part, batch, row, head)
+    strides_lse,  # of lse_parts: (part, batch, head, row)
+    batch,
+    seqlen,
+    heads,
+    count,  # parts of every sequence; None: splits.py tells, and parts are numbered through all sequences
+    keys,  # (capacity, seqlen_new, shares), for splits.py
+    band,  # (diagonal, window_left, window_right)
+    SHORTEST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # heads of a program, one after the other
+    BLOCK_P: tl.constexpr,  # parts at a time
+):
+    program = tl.program_id(0)
+    head_blocks = tl.cdiv(heads, BLOCK_H)
+    first_head = program % head_blocks * BLOCK_H
+    query = program // head_blocks % seqlen
+    index = program // head_blocks // seqlen
+    first = index * 0
+    if count is None:
+        layout = tiles.Layout(
+            *(batch, seqlen, keys[0], heads, None, None, None, cache_seqlens_ptr, leftpad_ptr, None, None, None, None),
+            *(None, batch, None, keys[1]),
+        )
+        first, count = splits.parts_of(index, keys[2], layout, Variant(*band), SHORTEST, BLOCK_N, ENTRIES)
+        if count == 1:
+            return  # written already
+    parts_ptr += tl.cast(first, tl.int64) * strides[0] + tl.cast(index, tl.int64) * strides[1]
+    parts_ptr += tl.cast(query, tl.int64) * strides[2]
+    lse_parts_ptr += tl.cast(first, tl.int64) * strides_lse[0] + tl.cast(index, tl.int64) * strides_lse[1]
+    lse_parts_ptr += tl.cast(query, tl.int64) * strides_lse[3]
+    for head in range(first_head, tl.minimum(first_head + BLOCK_H, heads)):
+        of_head = tl.cast(head, tl.int64)
+        values, lse = _combined(
+            *(parts_ptr + of_head * strides[3], lse_parts_ptr + of_head * strides_lse[2], strides[0], strides_lse[0]),
+            *(count, DIM, BLOCK_D, BLOCK_P),
+        )
+        dims = tl.arange(0, BLOCK_D)
+        out_ptrs = out_ptr + ((tl.cast(index, tl.int64) * seqlen + query) * heads + head) * DIM + dims
+        tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=dims < DIM)
+        tl.store(lse_ptr + ((tl.cast(index, tl.int64) * heads + head) * seqlen + query) + tl.arange(0, 1), lse)
+
+
+@triton.jit
+def _combined(
+    parts_ptr,
+    lse_parts_ptr,
+    stride,
+    stride_lse,
+    count,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """out (BLOCK_D,) and lse (1,) of one row."""
+    dims = tl.arange(0, BLOCK_D)
+    maximum, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    values = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, count, BLOCK_P):
+        numbers = start + tl.arange(0, BLOCK_P)
+        exist = numbers < count
+        numbers = numbers.to(tl.int64)
+        # Both are on their way before either is waited for.
+        lse = tl.load(lse_parts_ptr + numbers * stride_lse, mask=exist, other=float("-inf")).to(tl.float32)
+        mask = exist[:, None] & (dims < DIM)[None, :]
+        part = tl.load(parts_ptr + numbers[:, None] * stride + dims[None, :], mask=mask, other=0.0)
+        # (1, BLOCK_P): scores of one query, whose values are the parts
+        weights, factor, maximum, total = softmax.update(lse[None, :], None, maximum, total, True)
+        weights = tl.reshape(weights, [BLOCK_P])
+        # A part that saw nothing may hold anything.
+        part = tl.where((weights > 0.0)[:, None], part.to(tl.float32), 0.0)
+        summed = tl.sum(weights[:, None] * part, 0)
+        values = values * tl.sum(factor, 0) + summed
+    factor, lse = softmax.finish(maximum, total, None)
+    return values * tl.sum(factor, 0), lse
+
+
+_PROGRAMS = 1024  # enough to fill a device: more take several heads each
+_MOST_PARTS = 8192  # elements at a time
+
+
+def launch(rows: int, heads: int, dim: int, parts: int, **constants: int) -> Launch:
+    """The kernel for that many rows of all heads, and at most that many parts of each."""
+    block_h = min(heads, max(1, triton.next_power_of_2(rows * heads // _PROGRAMS)))
+    block_d = plan.block_dim(dim)
+    return Launch(
+        combine_kernel,
+        rows * -(-heads // block_h),
+        constants={
+            **constants,
+            "DIM": dim,
+            "BLOCK_D": block_d,
+            "BLOCK_H": block_h,
+            "BLOCK_P": max(2, min(triton.next_power_of_2(parts), _MOST_PARTS // block_d)),
+        },
+        options={"num_warps": 4, "num_stages": 1},
+    )
+
+
+class Combine(Prepared):
+    """The operator ``combine``, of arguments of one signature."""
+
+    def __init__(self, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> None:
+        super().__init__(out_partial.device)
+        shape, dim = out_partial.shape[1:], out_partial.shape[-1]
+        self.out = arguments.Result(shape, out_dtype or out_partial.dtype, out_partial.device)
+        self.lse = arguments.Result(lse_partial.shape[1:], lse_partial.dtype, out_partial.device)
+        rows = shape[:-1].numel()
+        self.empty = rows == 0
+        if self.empty:
+            return
+        self.copies = not has_contiguous_rows(out_partial)
+        parts = out_partial.new_empty(out_partial.shape, device="meta") if self.copies else out_partial
+        if out_partial.dim() == 5:  # (parts, batch, seqlen, heads, dim), and (parts, batch, heads, seqlen)
+            batch, seqlen, heads = shape[:3]
+            strides = strides_of(parts, (0, 1, 2, 3))
+            strides_lse = strides_of(lse_partial, (0, 1, 2, 3))
+        else:  # without a batch
+            (seqlen, heads), batch = shape[:2], 1
+            part, row, head = strides_of(parts, (0, 1, 2))
+            strides = (part, 0, row, head)
+            part, head, row = strides_of(lse_partial, (0, 1, 2))
+            strides_lse = (part, 0, head, row)
+        nowhere = (None, None, None)
+        self.rest = (strides, strides_lse, batch, seqlen, heads, out_partial.shape[0], nowhere, nowhere)
+        self.launch = launch(batch * seqlen, heads, dim, out_partial.shape[0], SHORTEST=0, BLOCK_N=1, ENTRIES=1)
+
+    def __call__(self, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None):
+        if self.current_index() != self.index:
+            return self.elsewhere(out_partial, lse_partial, out_dtype)
+        out, lse = arguments.empty(self.out, self.lse)
+        if self.empty:
+            return out, lse
+        if self.copies:
+            out_partial = contiguous_rows(out_partial)
+        self.launch((out, lse, out_partial, lse_partial, None, None), self.rest)
+        return out, lse

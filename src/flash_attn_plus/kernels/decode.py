@@ -1,0 +1,305 @@
+"""Few queries against a cache: one Triton kernel that reads every key once, split among as many programs as it takes.
+
+A program owns a part of one sequence's keys (splits.py) and all query heads of a key head, whose queries are the rows
+of one tile. What several parts of a sequence came to, combine.py adds up. Dao et al.: "Flash-Decoding for long-context
+inference" (2023). Many queries go to the kernel of forward.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import device, plan
+from ..schemas import Cache, Variant
+from ..strides import contiguous_rows, has_contiguous_rows
+from . import arguments, combine, scores, softmax, splits, tiles
+from .forward import Forward
+from .launch import Launch, Prepared
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("batch", "rows_q", "capacity", "seqlen_new", "parts", "shares"),
+        *("diagonal", "window_left", "window_right"),
+    ],
+)
+def decode_kernel(
+    q_ptr,  # (batch, rows_q, heads, HEAD_DIM)
+    k_ptr,  # (caches, capacity, heads_k, HEAD_DIM), or (pages, PAGE_SIZE, heads_k, HEAD_DIM)
+    v_ptr,
+    out_ptr,  # contiguous
+    lse_ptr,  # float32, contiguous
+    parts_ptr,  # float32 (slots, rows_q, heads, HEAD_DIM_V); None where no sequence is split
+    lse_parts_ptr,  # float32 (slots, heads, rows_q)
+    cache_seqlens_ptr,
+    cache_batch_ptr,
+    leftpad_ptr,
+    block_table_ptr,
+    strides_q,  # of (batch, row, head)
+    strides_k,
+    strides_v,
+    pages,  # (max_pages, stride_table, num_pages)
+    num_caches,
+    heads_k,
+    batch,
+    rows_q,
+    capacity,
+    seqlen_new,
+    parts,  # for splits.py
+    shares,
+    diagonal,
+    window_left,
+    window_right,
+    variant,  # the rest of a Variant
+    GROUP: tl.constexpr,  # query heads that share a key head
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    ALIKE: tl.constexpr,  # k and v have the same strides
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    heads = heads_k * GROUP
+    if ALIKE:  # offsets are then computed once
+        strides_v = strides_k
+    layout = tiles.Layout(
+        *(batch, rows_q, capacity, heads, None, None, None, cache_seqlens_ptr, leftpad_ptr, block_table_ptr),
+        *(pages[0], pages[1], pages[2], PAGE_SIZE, num_caches, cache_batch_ptr, seqlen_new),
+    )
+    variant = scores.Variant(diagonal, window_left, window_right, *variant)
+    # Heads next to each other: their keys lie side by side.
+    row_tiles = tl.cdiv(rows_q * GROUP, BLOCK_M)
+    program = tl.program_id(0)
+    first_row = program % row_tiles * BLOCK_M
+    head_k = program // row_tiles % heads_k
+    slot = program // row_tiles // heads_k
+    part = splits.part_of(slot, parts, shares, layout, variant, SHORTEST, BLOCK_N, ENTRIES)
+
+    # Rows are the queries' heads: GROUP of one query, then GROUP of the next.
+    rows = first_row + tl.arange(0, BLOCK_M)
+    is_row = rows < rows_q * GROUP
+    queries, heads_q = rows // GROUP, head_k * GROUP + rows % GROUP
+    to_lse = (heads_q * rows_q + queries).to(tl.int64)
+    if not part.exists:
+        if parts is not None and parts_ptr is not None:  # all of these are added up
+            to_lse += tl.cast(slot, tl.int64) * rows_q * heads
+            tl.store(lse_parts_ptr + to_lse, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_row)
+        return
+    sequence = tiles.sequence_of(part.index, layout)
+    # (BLOCK_M, 1): the slopes of each row
+    head = scores.head_of(sequence, heads_q[:, None], heads, variant, None)
+    # (BLOCK_M, BLOCK_D)
+    q_ptr += tl.cast(sequence.batch, tl.int64) * strides_q[0]
+    q_rows = queries.to(tl.int64) * strides_q[1] + heads_q.to(tl.int64) * strides_q[2]
+    q_ptrs = q_ptr + q_rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    q = tiles.load(q_ptrs, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
+
+    k_ptr = tiles.head_start(k_ptr, sequence.key_batch, head_k, strides_k)
+    v_ptr = tiles.head_start(v_ptr, sequence.key_batch, head_k, strides_v)
+    k_ptr = tiles.row_start(k_ptr, sequence.key_start, strides_k)
+    v_ptr = tiles.row_start(v_ptr, sequence.key_start, strides_v)
+    k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
+    v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
+
+    maximum, total = softmax.start(
+        scores.sink_of(sequence, heads_q, variant), variant.unit, variant.sink_ptr is not None, BLOCK_M
+    )
+    if variant.sink_ptr is not None:  # only the first part has it
+        maximum = tl.where(part.number == 0, maximum, float("-inf"))
+        total = tl.where(part.number == 0, total, 0.0)
+    values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if block_table_ptr is not None:
+        page, row = _page(part.begin, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
+    for start in tl.range(part.begin, part.end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        if block_table_ptr is None:
+            k_ptrs = tiles.row_start(k_ptr, start, strides_k) + k_offsets
+            v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
+        else:
+            k_ptrs = _paged(k_ptr, page, row, strides_k, k_offsets, BLOCK_D)
+            v_ptrs = _paged(v_ptr, page, row, strides_v, v_offsets, BLOCK_DV)
+            # Of the next block: loads that wait for other loads of their turn are not pipelined.
+            page, row = _page(start + BLOCK_N, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
+        # (BLOCK_N, BLOCK_D)
+        k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, True)
+        # (BLOCK_M, BLOCK_N)
+        products = tl.dot(q, k.T, input_precision=PRECISION)
+        s = scores.scale_and_cap(products, variant, q.dtype == tl.float32)
+        s = scores.scores(s, first_row, start, sequence, head, variant, None, True, BLOCK_M, BLOCK_N, WIDE, GROUP=GROUP)
+        weights, factor, maximum, total = softmax.update(s, variant.unit, maximum, total, True)
+        # (BLOCK_N, BLOCK_DV)
+        v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, True)
+        values = tiles.matmul_add(values * factor[:, None], weights.to(v.dtype), v, PRECISION)
+    factor, lse = softmax.finish(maximum, total, variant.unit)
+    values *= factor[:, None]
+
+    to_out = (queries * heads + heads_q).to(tl.int64)
+    dims = tl.arange(0, BLOCK_DV)
+    mask = is_row[:, None] & (dims < HEAD_DIM_V)[None, :]
+    if parts_ptr is None or (parts is None and part.count == 1):
+        to_out += tl.cast(sequence.batch, tl.int64) * rows_q * heads
+        to_lse += tl.cast(sequence.batch, tl.int64) * rows_q * heads
+        out_ptrs = out_ptr + to_out[:, None] * HEAD_DIM_V + dims[None, :]
+        tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(lse_ptr + to_lse, lse, mask=is_row)
+    else:
+        to_out += tl.cast(slot, tl.int64) * rows_q * heads
+        to_lse += tl.cast(slot, tl.int64) * rows_q * heads
+        tl.store(parts_ptr + to_out[:, None] * HEAD_DIM_V + dims[None, :], values, mask=mask)
+        tl.store(lse_parts_ptr + to_lse, lse, mask=is_row)
+
+
+@triton.jit
+def _page(start, end, sequence, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(page, row in it) of the keys of a block: of all of them, or of its first one where one page holds them."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        return tiles.page_of(tl.minimum(start, end - 1), sequence, layout)
+    else:
+        return tiles.page_of(tl.minimum(start + tl.arange(0, BLOCK_N), end - 1), sequence, layout)
+
+
+@triton.jit
+def _paged(ptr, page, row, strides, offsets, BLOCK_D: tl.constexpr):
+    """Pointers to those keys; ``offsets`` are those of a tile."""
+    first = page * strides[0] + row * strides[1]
+    if page.type.is_block():
+        return ptr + (first[:, None] + tl.arange(0, BLOCK_D)[None, :])
+    else:
+        return ptr + first + offsets
+
+
+def prepare(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, variant: Variant, num_splits: int) -> Callable:
+    """What computes ``decode`` for arguments of this signature."""
+    if q.shape[1] <= plan.SHORT:
+        return Decode(q, k_cache, v_cache, cache, variant, num_splits)
+    run = Forward(q, k_cache, v_cache, variant, None, cache)
+    return lambda q, k_cache, v_cache, cache, variant, num_splits: run(q, k_cache, v_cache, variant, None, cache)
+
+
+class Decode(Prepared):
+    """The operator ``decode``, of arguments of one signature, where queries are few."""
+
+    def __init__(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, variant: Variant, num_splits: int
+    ) -> None:
+        super().__init__(q.device)
+        batch, rows_q, heads, head_dim = q.shape
+        heads_k, head_dim_v = k_cache.shape[2], v_cache.shape[3]
+        group = heads // heads_k
+        self.out = arguments.Result((batch, rows_q, heads, head_dim_v), q.dtype, q.device)
+        self.lse = arguments.Result((batch, heads, rows_q), torch.float32, q.device)
+        self.empty = 0 in (batch, rows_q)
+        if self.empty:
+            return
+        self.copies = not all(map(has_contiguous_rows, (q, k_cache, v_cache)))
+        strides = tuple(arguments.strides(x) for x in (q, k_cache, v_cache))
+        capacity, pages, page_size = arguments.room(k_cache, cache)
+        self.paged = page_size is not None and capacity > 0
+
+        row = plan.decode(device.architecture(q.device), q.element_size(), max(head_dim, head_dim_v))
+        block_m = min(
+            max(16, triton.next_power_of_2(rows_q * group)),
+            plan.most_rows_of_decode(q.element_size(), max(head_dim, head_dim_v)),
+        )
+        block_d, block_dv = plan.block_dims(head_dim, head_dim_v)
+        programs = -(-rows_q * group // block_m) * heads_k  # that share a slot
+        equal = cache.cache_seqlens is None and cache.cache_leftpad is None
+        fit = row.split.programs * device.processors(q.device) // programs
+        cut = plan.splits(row, fit, batch, capacity, num_splits, equal)
+        chosen = row.whole if cut.parts == 1 else row.split
+        slots = cut.shares if cut.parts is None else batch * cut.parts
+        entries = min(max(16, triton.next_power_of_2(batch)), 256)  # lengths that are read at a time
+
+        self.parts = self.lse_parts = None
+        if slots > batch:
+            self.parts = arguments.Result((slots, rows_q, heads, head_dim_v), torch.float32, q.device)
+            self.lse_parts = arguments.Result((slots, heads, rows_q), torch.float32, q.device)
+            of_row = heads * head_dim_v
+            # Slots, or parts of each sequence: (part, batch, row, head) of out, (part, batch, head, row) of lse.
+            of_batch = 0 if cut.parts is None else cut.parts * rows_q
+            self.rest_of_combine = (
+                *(
+                    (rows_q * of_row, of_batch * of_row, of_row, head_dim_v),
+                    (rows_q * heads, of_batch * heads, rows_q, 1),
+                ),
+                *(batch, rows_q, heads, cut.parts, (capacity, cache.seqlen_new, cut.shares)),
+                self._variant(q, variant)[:3],
+            )
+            most = cut.parts or min(cut.shares - batch + 1, -(-capacity // chosen.shortest))
+            self.combine = combine.launch(
+                batch * rows_q,
+                heads,
+                head_dim_v,
+                most,
+                SHORTEST=chosen.shortest,
+                BLOCK_N=chosen.BLOCK_N,
+                ENTRIES=entries,
+            )
+
+        self.head = (*strides, pages if self.paged else (None, None, None), k_cache.shape[0], heads_k, batch, rows_q)
+        self.head += (capacity, cache.seqlen_new, cut.parts, cut.shares)
+        without_tensors = not any(isinstance(x, Tensor) for x in variant)
+        self.rest = (*self.head, *self._variant(q, variant)) if without_tensors else None
+        self.launch = Launch(
+            decode_kernel,
+            slots * programs,
+            constants={
+                "GROUP": group,
+                "PAGE_SIZE": page_size if self.paged else None,
+                "HEAD_DIM": head_dim,
+                "HEAD_DIM_V": head_dim_v,
+                "BLOCK_M": block_m,
+                "BLOCK_N": chosen.BLOCK_N,
+                "BLOCK_D": block_d,
+                "BLOCK_DV": block_dv,
+                "SHORTEST": chosen.shortest,
+                "ENTRIES": entries,
+                "ALIKE": strides[1] == strides[2],
+                "PRECISION": arguments.precision(q),
+                "WIDE": arguments.is_wide(variant, 0, *strides),
+            },
+            options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
+        )
+
+    @staticmethod
+    def _variant(q: Tensor, variant: Variant) -> tuple:
+        of_call = arguments.launched(q, variant)
+        return *of_call[:3], tuple(of_call[3:])
+
+    def __call__(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, variant: Variant, num_splits: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.current_index() != self.index:
+            return self.elsewhere(q, k_cache, v_cache, cache, variant, num_splits)
+        if self.empty:
+            return tuple(arguments.empty(self.out, self.lse))
+        out, lse, parts, lse_parts = arguments.empty(self.out, self.lse, self.parts, self.lse_parts)
+        if self.copies:
+            q, k_cache, v_cache = map(contiguous_rows, (q, k_cache, v_cache))
+        seqlens, _, batch_idx, leftpad, table = cache
+        if not self.paged:
+            table = None
+        if not _are_contiguous(seqlens, batch_idx, leftpad, table):
+            seqlens, batch_idx, leftpad, table = map(arguments.contiguous, (seqlens, batch_idx, leftpad, table))
+        self.launch(
+            (q, k_cache, v_cache, out, lse, parts, lse_parts, seqlens, batch_idx, leftpad, table),
+            self.rest or (*self.head, *self._variant(q, variant)),
+        )
+        if parts is not None:
+            self.combine((out, lse, parts, lse_parts, seqlens, leftpad), self.rest_of_combine)
+        return out, lse
+
+
+def _are_contiguous(*lists: Tensor | None) -> bool:
+    return all(x is None or x.is_contiguous() for x in lists)
