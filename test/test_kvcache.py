@@ -7,6 +7,7 @@ gaps of a sliced tensor. An append is compared by the bits of the caches' whole 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import cases
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from assertions import assert_close_to_oracle, oracle_results, same_dtype_results
 from graphs import operator_nodes
 from test_opcheck import on_meta, significant_strides
@@ -31,7 +33,7 @@ from torch.export import Dim, export, load, save
 from torch.library import opcheck
 
 import flash_attn_plus as fap
-from flash_attn_plus import as_flash_attn
+from flash_attn_plus import as_flash_attn, cache, library, rowblocks
 from flash_attn_plus.schemas import Cache, New, Variant
 
 OPS = torch.ops.flash_attn_plus
@@ -1388,15 +1390,93 @@ class TestPublicFunction:
             ("sink: ", ValueError, {"sink": torch.zeros(3)}),
             ("cache_batch_idx: ", ValueError, {"cache_batch_idx": torch.zeros(3, dtype=torch.int32)}),
             ("cache_leftpad: ", ValueError, {"cache_leftpad": torch.zeros(3, dtype=torch.int32)}),
+            ("cache_leftpad: ", ValueError, {"cache_leftpad": torch.tensor([0, 37], dtype=torch.int32)}),
+            ("num_splits: ", TypeError, {"num_splits": 1.5}),
+            ("num_splits: ", ValueError, {"num_splits": 2**70}),
+            ("softmax_scale: ", TypeError, {"softmax_scale": "1"}),
+            ("softcap: ", TypeError, {"softcap": None}),
+            ("window_left: ", ValueError, {"window_size": (2**70, 0)}),
+            ("window_left: ", TypeError, {"window_size": ("a", 1)}),
+            ("cache_seqlens: ", ValueError, {"cache_seqlens": 2**40}),
+            ("cache_seqlens: ", TypeError, {"cache_seqlens": 3.0}),
+            ("k: ", ValueError, {"k": torch.zeros(4), "v": torch.zeros(4), "cache_seqlens": 3}),
+            ("k: ", TypeError, {"k": [1.0]}),
+            ("k_cache: ", TypeError, {"k_cache": None}),
         ],
     )
-    def test_errors_come_before_anything_is_written(self, sentence: str, error: type, changes: dict) -> None:
-        """Of decode's arguments too, though it runs second."""
+    @pytest.mark.parametrize("again", [False, True])
+    def test_errors_come_before_anything_is_written(
+        self, sentence: str, error: type, changes: dict, again: bool
+    ) -> None:
+        """Of decode's arguments too, though it runs second, and where such a call was right before."""
         arguments = step()._asdict()
+        if again:
+            fap.flash_attn_with_kvcache(**arguments)
         before = [arguments[name].clone() for name in ("k_cache", "v_cache")]
         with pytest.raises(error, match=f"^{sentence}"):
             fap.flash_attn_with_kvcache(**{**arguments, **changes})
         assert same_bits((arguments["k_cache"], arguments["v_cache"]), tuple(before))
+
+    def test_a_tangent_is_refused_before_anything_is_written(self) -> None:
+        q, k_cache, *rest = step()
+        before = k_cache.clone()
+        with forward_ad.dual_level():
+            q = forward_ad.make_dual(q, torch.ones_like(q))
+            with pytest.raises(NotImplementedError, match=r"^q: expected no tangent"):
+                attend(q, k_cache, *rest)
+        assert torch.equal(k_cache, before)
+
+    @pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+    def test_versions_of_the_caches(self, context: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every call raises them, also past the dispatcher and where the kernel does not, as those of a GPU."""
+        monkeypatch.setattr("flash_attn_plus.cpu.append_kv", lambda *args: None)
+        library.memory_of("append_kv").clear()
+        try:
+            arguments = step()
+            for _ in range(3):
+                before = [x._version for x in arguments[1:3]]
+                with context():
+                    attend(*arguments)
+                assert [x._version for x in arguments[1:3]] == [version + 1 for version in before]
+        finally:
+            library.memory_of("append_kv").clear()
+
+    def test_a_hint_that_is_negative(self) -> None:
+        arguments = step()
+        assert torch.equal(attend(*arguments.copy(), num_splits=-1), attend(*arguments))
+
+    def test_a_length_that_does_not_fit_in_a_compiled_graph(self) -> None:
+        q, k_cache, v_cache, k, v, _ = step()
+        compiled = torch.compile(
+            lambda n: fap.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=n), backend="eager"
+        )
+        for length in (3, 4, 5):
+            compiled(length)
+        with pytest.raises(ValueError, match=r"^cache_seqlens: expected a length"):
+            compiled(k_cache.shape[1])
+
+
+@pytest.mark.parametrize("lengths", [(5, 3), (-7, 2**31 - 1)])
+@pytest.mark.parametrize("seqlen_new", [0, 3])
+def test_plain_pytorch_reads_nothing_outside_either(lengths: tuple[int, int], seqlen_new: int) -> None:
+    """Where it stands for kernels, on other devices and for float64, nothing checks lengths and numbers before."""
+    int32 = functools.partial(torch.tensor, dtype=torch.int32)
+    q, caches, used = torch.randn(2, 1, 4, 16), torch.randn(3, 8, 2, 16), int32(lengths)
+
+    def finite(k_cache: Tensor, *where: Any) -> None:
+        given = Cache(used, seqlen_new, *where)
+        out, _ = cache.decode(q, k_cache, k_cache, given, Variant(), 0, rowblocks.forward)
+        assert out.isfinite().all()
+
+    for pads in (None, int32((1, -4)), int32((99, 2))):
+        finite(caches[:2], None, pads)
+        for numbers in ((0, 2), (-3, 99)):
+            finite(caches, int32(numbers), pads)
+    for table in ([[0, 1], [2, 0]], [[-5, 77], [2, 0]]):
+        finite(caches, None, None, int32(table))
+    if seqlen_new == 0:
+        finite(caches[:0], int32((0, 0)))
+        finite(caches[:0], None, None, int32([[0], [0]]))
 
 
 class TestDropIn:

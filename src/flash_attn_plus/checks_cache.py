@@ -19,12 +19,13 @@ from .checks import (
 from .schemas import Cache, New, Variant
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MOST_KEYS = 2**30  # of one sequence: lengths are 32-bit numbers, and are added up
+_MOST_KEYS = 2**29  # of one sequence: places are 32-bit numbers, and three of them are added up
 
 
 def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, variant: Variant, num_splits: int) -> None:
     """q (b, sq, h, d), k_cache (caches, capacity, hk, d), v_cache (caches, capacity, hk, dv), or in pages."""
     _value(q.dim() == 4, "q: expected 4 dimensions (batch, seqlen, heads, head_dim), got shape {}", q)
+    _numbers(variant, num_splits)
     batch = q.shape[0]
     _caches(k_cache, v_cache, cache.block_table)
     _qkv(q, k_cache, v_cache, 2, ("q", "k_cache", "v_cache"))
@@ -95,12 +96,30 @@ def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, new: New) 
             )
 
 
+def _numbers(variant: Variant, num_splits: int) -> None:
+    """What the operator's schema would refuse, when something was written already."""
+    for name in ("window_left", "window_right"):
+        _whole(name, getattr(variant, name))
+    _whole("num_splits", num_splits)
+    for name in ("softmax_scale", "softcap"):
+        value = getattr(variant, name)
+        real = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+        _type(real or (value is None and name == "softmax_scale"), "{}: expected a number, got {}", name, value)
+
+
+def _whole(name: str, value) -> None:
+    _type(isinstance(value, (int, torch.SymInt)), "{}: expected an integer, got {}", name, value)
+    if isinstance(value, int):
+        _value(-(2**63) <= value < 2**63, "{}: expected an integer of 64 bits, got {}", name, value)
+
+
 def _caches(k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None) -> None:
     paged = block_table is not None
     axes = "(num_pages, page_size, heads_k, head_dim)" if paged else "(caches, capacity, heads_k, head_dim)"
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         _value(tensor.dim() == 4, "{}: expected 4 dimensions {}, got shape {}", name, axes, tensor)
         size = tensor.shape[3]
+        _value(size >= 1, "{}: expected head_dim of at least 1, got shape {}", name, tensor)
         _not_implemented(size <= MAX_HEAD_DIM, "{}: head_dim up to {} is implemented, got {}", name, MAX_HEAD_DIM, size)
     _expect_shape("v_cache", v_cache, axes, *k_cache.shape[:3], v_cache.shape[3])
     if paged:

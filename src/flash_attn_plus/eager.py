@@ -214,10 +214,14 @@ _append, _decode = _Undifferentiated("append_kv"), _Undifferentiated("decode")
 
 
 def check_step(append: tuple, decode: tuple) -> None:
-    """Raise what ``step`` would raise."""
-    if not torch.compiler.is_compiling():  # there, the operators' fakes check
-        checks_cache.append_kv(*append)
-        checks_cache.decode(*decode)
+    """Raise what ``step`` would raise, of both operators, before the first one writes."""
+    if torch.compiler.is_compiling():  # the operators' fakes check
+        return
+    checks_cache.append_kv(*append)
+    checks_cache.decode(*decode)
+    q = decode[0]
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(q).tangent is not None:
+        raise NotImplementedError("q: expected no tangent: flash_attn_plus::decode has no forward-mode gradient")
 
 
 def step(append: tuple | None, decode: tuple) -> tuple[Tensor, Tensor]:
@@ -231,12 +235,13 @@ def step(append: tuple | None, decode: tuple) -> tuple[Tensor, Tensor]:
     if append is not None:
         write = _append.recalled(append) if quick and _may_write_into(append[:2]) else None
         if attend is None or write is None:
-            check_step(append, decode)  # of both, before anything is written
+            check_step(append, decode)
+        if decode[0].is_cpu:
+            checks_cache.values(decode[1], *decode[3])
         if write is None:
             _append.cross(*append)
         else:
-            if not torch.is_inference_mode_enabled():
-                torch.autograd.graph.increment_version(append[:2])
+            torch.autograd.graph.increment_version([x for x in append[:2] if not x.is_inference()])
             write(*append)
     return (attend or _decode.cross)(*decode)
 

@@ -364,10 +364,13 @@ class Splits(NamedTuple):
     shares: int
 
 
+MOST_SPLITS = 128  # that are asked for: their results are kept until they are combined
+
+
 def splits(row: DecodeRow, fit: int, batch: int, capacity: int, num_splits: int, equal: bool) -> Splits:
     """How the keys of a batch are split where ``fit`` slots run together; ``equal``: sequences have as many keys."""
     if num_splits > 0:
-        return Splits(max(1, min(num_splits, -(-capacity // row.split.BLOCK_N))), 0)
+        return Splits(max(1, min(num_splits, MOST_SPLITS, -(-capacity // row.split.BLOCK_N))), 0)
     most = -(-capacity // row.split.shortest)
     if equal or batch == 1:
         return Splits(max(1, min(fit // batch, most)), 0)

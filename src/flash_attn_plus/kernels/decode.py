@@ -208,6 +208,9 @@ class Decode(Prepared):
         self.paged = page_size is not None and capacity > 0
 
         row = plan.decode(device.architecture(q.device), q.element_size(), max(head_dim, head_dim_v))
+        if any(dim * q.element_size() % 16 for dim in (head_dim, head_dim_v)):
+            # Not copied straight into shared memory: it takes registers.
+            row = plan.DecodeRow(*(tile._replace(BLOCK_N=min(tile.BLOCK_N, 32)) for tile in row))
         block_m = min(
             max(16, triton.next_power_of_2(rows_q * group)),
             plan.most_rows_of_decode(q.element_size(), max(head_dim, head_dim_v)),
