@@ -248,6 +248,28 @@ def varlen_backward(dout, q, k, v, out, lse, dlse, layout: Varlen, variant: Vari
     _saved(dout, q, v, out, lse, dlse, (q.shape[1], q.shape[0]))
 
 
+def _expect_writable(name: str, tensor: Tensor, instead: str = "give it memory of its own") -> None:
+    """What an operator writes into."""
+    # Inductor (at least to 2.13) drops such offsets of what an operator writes into: wrong without a word. Not "not
+    # implemented", which Dynamo takes for a graph break, to go on inside of what is called here.
+    _value(
+        isinstance(tensor.storage_offset(), int),
+        "{}: expected a tensor whose place in its memory does not depend on symbolic sizes, got offset {}; {}, or "
+        "compile with dynamic=False",
+        name,
+        tensor.storage_offset(),
+        instead,
+    )
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        _value(
+            (size <= 1) | (stride != 0),
+            "{}: expected a place of its own for every element, got shape {} with strides {}",
+            name,
+            tensor,
+            tensor.stride(),
+        )
+
+
 def _into(q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> None:
     """Tensors that receive gradients. That they share no memory with others is the caller's to see to."""
     for name, grad, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
@@ -256,23 +278,7 @@ def _into(q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None,
             _expect_device(name, grad, q)
             _type(grad.dtype == q.dtype, "{}: expected dtype {} (q's), got {}", name, q.dtype, grad.dtype)
             _type(grad.layout is torch.strided, "{}: expected a strided tensor, got layout {}", name, grad.layout)
-            # Inductor (at least to 2.13) drops such offsets of what an operator writes into: wrong without a word. Not
-            # "not implemented", which Dynamo takes for a graph break, to go on inside of what is called here.
-            _value(
-                isinstance(grad.storage_offset(), int),
-                "{}: expected a tensor whose place in its memory does not depend on symbolic sizes, got offset {}; "
-                "give it memory of its own, or compile with dynamic=False",
-                name,
-                grad.storage_offset(),
-            )
-            for size, stride in zip(grad.shape, grad.stride(), strict=True):
-                _value(
-                    (size <= 1) | (stride != 0),
-                    "{}: expected a place of its own for every element, got shape {} with strides {}",
-                    name,
-                    grad,
-                    grad.stride(),
-                )
+            _expect_writable(name, grad)
 
 
 def dense_backward_into(dout, q, k, v, out, lse, dlse, dq, dk, dv, variant: Variant, need_dbias: bool) -> None:

@@ -9,6 +9,7 @@ from .checks import (
     MAX_HEAD_DIM,
     _expect_device,
     _expect_shape,
+    _expect_writable,
     _int32,
     _not_implemented,
     _qkv,
@@ -78,22 +79,7 @@ def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, new: New) 
     _value(rows <= capacity, "k: expected at most {} rows (the capacity of k_cache), got shape {}", capacity, k)
     _tables(k_cache, new.rotary_cos, new.rotary_sin, capacity)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        # As of the gradients that an operator writes into (checks.py).
-        _value(
-            isinstance(cache.storage_offset(), int),
-            "{}: expected a tensor whose place in its memory does not depend on symbolic sizes, got offset {}; give it "
-            "memory of its own, or compile with dynamic=False",
-            name,
-            cache.storage_offset(),
-        )
-        for size, stride in zip(cache.shape, cache.stride(), strict=True):
-            _value(
-                (size <= 1) | (stride != 0),
-                "{}: expected a place of its own for every element, got shape {} with strides {}",
-                name,
-                cache,
-                cache.stride(),
-            )
+        _expect_writable(name, cache)
 
 
 def _numbers(variant: Variant, num_splits: int) -> None:

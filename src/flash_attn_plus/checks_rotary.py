@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .checks import _expect_shape, _not_implemented, _type, _value
+from .checks import _expect_shape, _expect_writable, _not_implemented, _type, _value
 from .schemas import Rotation
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -90,20 +90,7 @@ def offset(x: Tensor, rotation: Rotation) -> None:
 
 def rotary_(x: Tensor, rotation: Rotation) -> None:
     rotary(x, rotation)
-    # As of the gradients that an operator writes into (checks.py).
-    _value(
-        isinstance(x.storage_offset(), int),
-        "x: expected a tensor whose place in its memory does not depend on symbolic sizes, got offset {}; "
-        "rotate a copy of it, or compile with dynamic=False",
-        x.storage_offset(),
-    )
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        _value(
-            (size <= 1) | (stride != 0),
-            "x: expected a place of its own for every element, got shape {} with strides {}",
-            x,
-            x.stride(),
-        )
+    _expect_writable("x", x, "rotate a copy of it")
 
 
 def values(x: Tensor, rotation: Rotation) -> None:

@@ -53,9 +53,8 @@ def _parts_of(names: tuple[str, ...]) -> tuple[list[str], list[type], list[str]]
     """The arguments in front of, and behind, those that make up Varlen, Cache, New and Variant."""
     parts = [part for part in (Varlen, Cache, New, Variant) if set(part._fields) <= set(names)]
     inside = set().union(*(part._fields for part in parts))
-    last = max(i for i, name in enumerate(names) if name in inside)
-    outside = [(i, name) for i, name in enumerate(names) if name not in inside]
-    return [name for i, name in outside if i < last], parts, [name for i, name in outside if i > last]
+    first = min(i for i, name in enumerate(names) if name in inside)
+    return [*names[:first]], parts, [name for name in names[first:] if name not in inside]
 
 
 def _attention_parser(name: str) -> Callable:

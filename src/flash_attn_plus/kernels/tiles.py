@@ -53,7 +53,7 @@ class Sequence(NamedTuple):
     seqlen_q: tl.tensor  # those that are queries; the rest gets out 0, lse -inf
     key_start: tl.tensor  # its first row of k and v
     seqlen_k: tl.tensor
-    key_batch: tl.tensor  # its number on the batch axis of k and v
+    key_batch: tl.tensor | None = None  # its number on the batch axis of k and v
 
 
 @triton.jit
