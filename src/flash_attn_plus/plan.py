@@ -297,7 +297,7 @@ class DecodePlan(NamedTuple):
     BLOCK_N: int  # keys of a tile
     num_warps: int
     num_stages: int  # tiles of keys and values in flight
-    programs: int  # that run together on a processor
+    programs: int  # that run together on a processor; only ``split`` below is planned by it
     shortest: int  # keys that a part of a sequence has at least: whole tiles
 
 

@@ -293,8 +293,7 @@ class Decode(Prepared):
         seqlens, _, batch_idx, leftpad, table = cache
         if not self.paged:
             table = None
-        if not _are_contiguous(seqlens, batch_idx, leftpad, table):
-            seqlens, batch_idx, leftpad, table = map(arguments.contiguous, (seqlens, batch_idx, leftpad, table))
+        seqlens, batch_idx, leftpad, table = map(arguments.contiguous, (seqlens, batch_idx, leftpad, table))
         self.launch(
             (q, k_cache, v_cache, out, lse, parts, lse_parts, seqlens, batch_idx, leftpad, table),
             self.rest or (*self.head, *self._variant(q, variant)),
@@ -302,7 +301,3 @@ class Decode(Prepared):
         if parts is not None:
             self.combine((out, lse, parts, lse_parts, seqlens, leftpad), self.rest_of_combine)
         return out, lse
-
-
-def _are_contiguous(*lists: Tensor | None) -> bool:
-    return all(x is None or x.is_contiguous() for x in lists)
