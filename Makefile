@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench · make compile-gate
+# make demo · make test · make lint · make bench · make compile-gate · make conformance
 #
 # The first run makes a virtual environment in .venv; later ones find it. ARGS passes options on:
 #   make test ARGS="-k native -x"
@@ -26,11 +26,16 @@ WORKERS := 2
 # The oldest Triton that is supported, beside the one in the environment: the compile gate compiles with both.
 OLD_TRITON := build/triton-3.6.0
 
-.PHONY: demo test lint bench compile-gate
+.PHONY: demo test lint bench compile-gate conformance
 .DELETE_ON_ERROR:
 
 demo: $(SETUP)
 	"$(PYTHON)" examples/train_gpt.py $(ARGS)
+
+# Every operator on one device, held to the oracle (docs/vendors.md):
+#   make conformance PYTHON=python3 ARGS="--import torch_npu --register PrivateUse1 --device npu"
+conformance: $(SETUP)
+	"$(PYTHON)" -m flash_attn_plus.conformance $(ARGS)
 
 # Every plan for every target, with no GPU, by the newest and the oldest Triton; `make test` compiles some of them.
 compile-gate: $(SETUP) $(OLD_TRITON)

@@ -100,9 +100,9 @@ def _expected(compiled, arguments: tuple) -> Iterator:
 
 
 class _Direct(launch.Direct):
-    def __init__(self, compiled, *args) -> None:
+    def __init__(self, launcher, compiled, *args) -> None:
         self.launch_of = compiled
-        super().__init__(compiled, *args)
+        super().__init__(launcher, compiled, *args)
 
     def __call__(self, tensors: tuple, rest: tuple, stream: int) -> None:
         def record(arguments, stream) -> None:
@@ -114,7 +114,7 @@ class _Direct(launch.Direct):
 
 
 def install(arch: str) -> None:
-    device.static_launcher = lambda: print if arch.startswith("sm_") else None
+    device.static_launcher = lambda _: print if arch.startswith("sm_") else None
     launch.Direct = _Direct
     triton.runtime.driver.set_active(_Driver(target_of(arch)))
     device.architecture = lambda _: arch

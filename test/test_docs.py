@@ -135,6 +135,7 @@ def test_the_translations_are_all_found() -> None:
         "migrating.md",
         "performance.md",
         "troubleshooting.md",
+        "vendors.md",
     }
 
 

@@ -28,11 +28,13 @@ class Floor(NamedTuple):
 # From the roof down. A new file needs a row; a row that needs more than it has is a change of the architecture.
 FLOORS = {
     "__main__": Floor("diagnosis", outside=""),
+    "conformance": Floor("__init__ conformance_cases device diagnosis tolerance"),
     "diagnosis": Floor("__init__ device native selfcheck"),
-    "selfcheck": Floor("__init__ reference schemas"),
+    "conformance_cases": Floor("__init__ reference schemas selfcheck tolerance"),
+    "selfcheck": Floor("__init__ reference schemas tolerance"),
     "dropin.flash_attn_2_cuda": Floor("as_flash_attn schemas", outside="torch flash_attn"),
     "dropin.flash_attn.__init__": Floor("dropin.flash_attn.flash_attn_interface as_flash_attn", outside=""),
-    "dropin.flash_attn.flash_attn_interface": Floor("__init__ as_flash_attn schemas"),
+    "dropin.flash_attn.flash_attn_interface": Floor("__init__ as_flash_attn device schemas"),
     "dropin.flash_attn.bert_padding": Floor("as_flash_attn padding"),
     "dropin.flash_attn.layers.__init__": Floor(outside=""),
     "dropin.flash_attn.layers.rotary": Floor("as_flash_attn rotary", outside="torch flash_attn"),
@@ -40,7 +42,7 @@ FLOORS = {
     "dropin.flash_attn.ops.triton.__init__": Floor(outside=""),
     "dropin.flash_attn.ops.triton.rotary": Floor("__init__ as_flash_attn"),
     "as_flash_attn": Floor("__init__", outside="flash_attn"),
-    "__init__": Floor("autocast autograd flops interface kvcache padding rotary vmap", outside=""),
+    "__init__": Floor("autocast autograd flops interface kvcache library padding rotary vmap", outside=""),
     "kvcache": Floor("eager interface library schemas"),
     "rotary": Floor("checks_rotary interface library schemas"),
     "interface": Floor("eager library schemas", on_call="reference"),
@@ -96,6 +98,7 @@ FLOORS = {
     "rowblocks_scores": Floor("philox schemas"),
     "native": Floor(),
     "reference": Floor("schemas"),  # the oracle shares no code with what it judges
+    "tolerance": Floor(),
     "cache": Floor("checks rotate schemas"),
     "checks_cache": Floor("checks schemas"),
     "checks_rotary": Floor("checks schemas"),

@@ -186,7 +186,7 @@ class TestGPU:
 
         active = SimpleNamespace(get_current_stream=lambda index: 0)
         monkeypatch.setattr(launch.triton.runtime, "driver", SimpleNamespace(active=active))
-        monkeypatch.setattr(device, "static_launcher", lambda: None)
+        monkeypatch.setattr(device, "static_launcher", lambda _: None)
         for _ in range(2):
             launch.Launch(Kernel(), 1, {}, {})((torch.zeros(1),), ())
         ((level, sentence),) = said()

@@ -18,7 +18,7 @@ from assertions import rounding_floor
 
 import flash_attn_plus
 from flash_attn_plus import __main__ as program
-from flash_attn_plus import device, diagnosis, native, selfcheck
+from flash_attn_plus import device, diagnosis, native, selfcheck, tolerance
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(flash_attn_plus.__file__).parent.parent
@@ -266,7 +266,7 @@ def test_the_rounding_floor_is_that_of_the_tests():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for size in (0.2, 1.0, 3.7, 100.0):
             x = torch.tensor([-size, 0.1], dtype=torch.float64)
-            assert selfcheck._rounding_floor(x, dtype) == pytest.approx(rounding_floor(x, dtype), rel=1e-12)
+            assert tolerance.rounding_floor(x, dtype) == pytest.approx(rounding_floor(x, dtype), rel=1e-12)
 
 
 class TestVerifyDevelopmentEnv:

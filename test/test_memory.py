@@ -117,7 +117,7 @@ def test_what_pytorch_is_expected_to_have():
     assert arguments._is_deterministic is torch._C._get_deterministic_algorithms
     if torch.version.cuda:
         assert device._current_cuda_device is torch._C._cuda_getDevice
-        assert device.static_launcher() is not None
+        assert device.static_launcher(torch.device("cuda")) is not None
 
 
 class TestLatest:

@@ -17,6 +17,7 @@ from .interface import (
     merge_states,
 )
 from .kvcache import flash_attn_with_kvcache
+from .library import register_device
 from .padding import (
     index_first_axis,
     pad_input,
@@ -49,6 +50,7 @@ __all__ = [
     "index_first_axis",
     "merge_states",
     "pad_input",
+    "register_device",
     "unpad_input",
     "unpad_input_for_concatenated_sequences",
 ]

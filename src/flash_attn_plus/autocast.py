@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .library import LIBRARY, OPERATORS, overload
 
-_DEVICES = ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1")
+_DEVICES = ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1", "MTIA", "HPU")
 
 
 def _device_type(key: str) -> str:
@@ -25,7 +25,8 @@ def _device_type(key: str) -> str:
 
 
 def _keys(*devices: str) -> torch._C.DispatchKeySet:
-    sets = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}")) for device in devices)
+    # By name: not every one of them is in the Python enumeration of keys.
+    sets = (torch._C.DispatchKeySet(torch._C._parse_dispatch_key(f"Autocast{device}")) for device in devices)
     return functools.reduce(operator.or_, sets)
 
 

@@ -13,13 +13,24 @@ import torch
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The compiler's name of a device's architecture: "sm_90", "gfx942". Others: the name of the device type."""
+    """The compiler's name of a device's architecture: "sm_90", "gfx942". That of a vendor's device begins with the name
+    of its backend in Triton: "npu_Ascend910B3". Others: the name of the device type.
+    """
     if device.type != "cuda":
+        target = _ask_triton(device, lambda driver, index: driver.get_current_target())
+        # Some backends put a table of properties where others have a name or a number.
+        if target is not None and isinstance(target.arch, str | int):
+            return f"{target.backend}_{target.arch}"
         return device.type
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def cuda_capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) as CUDA counts; None of other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @functools.cache
@@ -29,7 +40,11 @@ def processors(device: torch.device) -> int:
         return 1
     module = torch.get_device_module(device)
     properties = module.get_device_properties(device) if hasattr(module, "get_device_properties") else None
-    return getattr(properties, "multi_processor_count", 64)
+    count = getattr(properties, "multi_processor_count", None)
+    if count is None:
+        properties = _ask_triton(device, lambda driver, index: driver.utils.get_device_properties(index))
+        count = (properties or {}).get("multiprocessor_count")
+    return count or 64
 
 
 def accelerators() -> list[torch.device]:
@@ -95,12 +110,24 @@ def current_index(device: torch.device) -> Callable[[], int | None]:
     """What tells the index of the device of that type where kernels are launched now."""
     if device.type == "cuda":
         return _current_cuda_device
-    return (lambda: device.index) if device.type == "cpu" else torch.accelerator.current_device_index
+    if device.type == "cpu":
+        return lambda: device.index
+    if _is_accelerator(device):
+        return torch.accelerator.current_device_index
+    return torch.get_device_module(device).current_device
 
 
 def current(device: torch.device):
     """A context in which kernels are launched there."""
-    return torch.accelerator.device_index(device.index)
+    if _is_accelerator(device):
+        return torch.accelerator.device_index(device.index)
+    return torch.get_device_module(device).device(device.index)
+
+
+def _is_accelerator(device: torch.device) -> bool:
+    """Whether ``torch.accelerator`` speaks of devices of that type: of one at a time, where several are there."""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and accelerator.type == device.type
 
 
 def quick_empty(device: torch.device):
@@ -111,12 +138,13 @@ def quick_empty(device: torch.device):
     return getattr(guards, f"_empty_strided_{device.type}", None)
 
 
-def static_launcher():
+def static_launcher(device: torch.device):
     """PyTorch's launcher of compiled Triton kernels: (function, grid of three, warps, shared memory, a letter for the
     type of each argument, arguments, stream). None where PyTorch has none, or one for other devices.
     """
-    launcher = getattr(torch._C, "_StaticCudaLauncher", None) if torch.version.cuda else None
-    return getattr(launcher, "_launch_kernel", None)
+    if device.type != "cuda" or not torch.version.cuda:
+        return None
+    return getattr(getattr(torch._C, "_StaticCudaLauncher", None), "_launch_kernel", None)
 
 
 @functools.cache
@@ -130,3 +158,36 @@ def why_no_triton() -> str | None:
     if version < (3, 6):
         return f"Triton {triton.__version__} is older than 3.6"
     return None
+
+
+@functools.cache
+def why_no_driver(device: torch.device) -> str | None:
+    """Why Triton, which is there, launches no kernels on a device; None where it does, and where that is not asked: of
+    PyTorch's own GPUs, and in Triton's interpreter.
+    """
+    if device.type in ("cpu", "cuda"):
+        return None
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return None
+    try:
+        of_driver = triton.runtime.driver.active.get_active_torch_device().type
+    except Exception as error:  # no driver is active, several are, or a vendor's raises anything
+        return f"Triton has no driver for device type {device.type!r} ({type(error).__name__}: {error})"
+    if of_driver != device.type:
+        return f"Triton's driver is for device type {of_driver!r}, not {device.type!r}"
+    return None
+
+
+def _ask_triton(device: torch.device, question: Callable):
+    """``question(driver, index)`` with the device as the current one; None where Triton does not know such devices."""
+    if device.type in ("cpu", "meta") or why_no_triton() is not None or why_no_driver(device) is not None:
+        return None
+    import triton
+
+    try:
+        with current(device):
+            return question(triton.runtime.driver.active, device.index or 0)
+    except Exception:  # vendors' drivers differ in what they answer, and in how they refuse
+        return None

@@ -69,7 +69,7 @@ def devices() -> tuple[list[torch.device], str | None]:
     try:
         found = device.accelerators()
     except Exception as error:  # a broken driver raises anything
-        return [cpu], f"asking for one raised {_said(error)}"
+        return [cpu], f"asking for one raised {said(error)}"
     return [cpu, *found], None if found else f"PyTorch {torch.__version__} finds none"
 
 
@@ -79,7 +79,7 @@ def report(on: list[torch.device], no_accelerator: str | None, check: bool) -> d
     of_devices = [_device(each, check) for each in on]
     checks = [done for each in of_devices for done in each["checks"]]
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "native_library": {"loaded": native.loaded(), "status": native.status(), "file": _text(native.find())},
         "triton_kernels": _triton(of_devices),
         "no_accelerator": no_accelerator,
@@ -89,7 +89,7 @@ def report(on: list[torch.device], no_accelerator: str | None, check: bool) -> d
     }
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     device.why_no_triton()  # imports it where it is
     return {
         "flash_attn_plus": flash_attn_plus.__version__,
@@ -131,7 +131,7 @@ def _problems(on: torch.device) -> Iterator[dict[str, str]]:
             continue
         lines = dict(line.split(":", 1) for line in problem.explain(on).splitlines())
         runs = {direction: lines[direction].strip() for direction in ("forward", "backward")}
-        yield {"problem": problem.name, "dtype": _short(problem.dtype), **runs}
+        yield {"problem": problem.name, "dtype": short(problem.dtype), **runs}
 
 
 def _has(on: torch.device, dtype: torch.dtype) -> bool:
@@ -147,13 +147,13 @@ def _has(on: torch.device, dtype: torch.dtype) -> bool:
 
 def _check(check: selfcheck.Check, on: torch.device) -> dict[str, Any]:
     try:
-        outcome = selfcheck.run(check, on)
+        outcome = check.run(on)
     except Exception as error:
         return _failed(check.name, check.dtype, error)
     failures = [f"{result.name}: {result.failure}" for result in outcome.results if result.failure]
     return {
         "check": check.name,
-        "dtype": _short(check.dtype),
+        "dtype": short(check.dtype),
         "passed": not failures,
         "failure": "; ".join(failures) or None,
         "results": {result.name: {"error": result.error, "bound": result.bound} for result in outcome.results},
@@ -164,16 +164,16 @@ def _check(check: selfcheck.Check, on: torch.device) -> dict[str, Any]:
 
 def _failed(name: str, dtype: torch.dtype | None, error: Exception) -> dict[str, Any]:
     measured = {"results": {}, "seconds": None, "first_call_seconds": None}
-    failure = f"expected a result, got {_said(error)}"
-    return {"check": name, "dtype": dtype and _short(dtype), "passed": False, "failure": failure, **measured}
+    failure = f"expected a result, got {said(error)}"
+    return {"check": name, "dtype": dtype and short(dtype), "passed": False, "failure": failure, **measured}
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """In one line: PyTorch's errors can hold a page."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -26,7 +26,11 @@ def why_row_blocks(q: Tensor) -> str | None:
     """Why the forward and the backward are not Triton kernels, or None where they are."""
     if q.dtype == torch.float64:
         return "the kernels have no float64"
-    return device.why_no_triton()
+    return why_no_kernels(q.device)
+
+
+def why_no_kernels(on: torch.device) -> str | None:
+    return device.why_no_triton() or device.why_no_driver(on)
 
 
 def say(kernel: str, *structured) -> None:
@@ -136,7 +140,7 @@ def prepare_decode(
 
 def prepare_combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> Callable:
     wide = torch.float64 in (out_partial.dtype, lse_partial.dtype, out_dtype)
-    if wide or device.why_no_triton() or not 1 <= out_partial.shape[-1] <= _MOST_COLUMNS:
+    if wide or why_no_kernels(out_partial.device) or not 1 <= out_partial.shape[-1] <= _MOST_COLUMNS:
         return states.combine
     from .kernels.combine import Combine
 

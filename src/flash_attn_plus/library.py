@@ -311,19 +311,34 @@ _VENDOR_KEYS = ("XPU", "PrivateUse1", "MTIA", "HPU")
 def register_device(dispatch_key: str) -> None:
     """Let the Triton kernels serve another device: "XPU", "PrivateUse1" (NPU, MUSA, MLU, ...), "MTIA" or "HPU".
 
-    For a vendor's PyTorch, whose package calls it once. Without it such a device runs row blocks.
+    For a vendor's PyTorch, whose package calls it once; all operators run there from the next call on. Without it such
+    a device runs row blocks in plain PyTorch. A PyTorch that keeps the key "CUDA" needs no call.
+
+    Args:
+        dispatch_key: PyTorch's name of the key that the device's tensors have; not the name of the device type.
 
     Raises:
         ValueError: another key, or one that has its kernels already.
     """
-    if dispatch_key not in _VENDOR_KEYS:
-        raise ValueError(f"dispatch_key: expected one of {', '.join(_VENDOR_KEYS)}, got {dispatch_key!r}")
-    if dispatch_key in BACKENDS:
+    if dispatch_key in tuple(BACKENDS):  # which compares: what came may be anything
         raise ValueError(f"dispatch_key: {dispatch_key!r} is registered already")
+    if dispatch_key not in _VENDOR_KEYS:
+        meant = _key_meant(dispatch_key)
+        hint = f", a device type, whose key is {meant!r}" if meant else ""
+        raise ValueError(f"dispatch_key: expected one of {', '.join(_VENDOR_KEYS)}, got {dispatch_key!r}{hint}")
     for name in _OPERATORS:
         LIBRARY.impl(name, _device_kernel(name, "gpu"), dispatch_key)
         _memories[name].clear()  # what ran there until now
     BACKENDS[dispatch_key] = "gpu"
+
+
+def _key_meant(device_type: object) -> str | None:
+    """The key of a device type that was given in its place."""
+    try:
+        key = _dispatch_key(torch.device(device_type))
+    except (RuntimeError, TypeError):
+        return None
+    return key if key in _VENDOR_KEYS else None
 
 
 def _dispatch_key(of: torch.device) -> str:

@@ -410,7 +410,7 @@ def forward(problem: Problem) -> Plan:
 
 def backward(problem: Problem) -> BackwardRow:
     arch = row_arch(problem.arch)
-    if arch is None:
+    if arch not in BACKWARD:
         tiles = _ANYWHERE[problem.itemsize]
         return BackwardRow(tiles, tiles, None, tiles)
     return BACKWARD[arch][problem.itemsize, max(64, block_dim(problem.head_dim))][problem.options]

@@ -1,29 +1,27 @@
-"""A few small problems on one device, forward and backward, held to the oracle.
-
-The rule is that of the tests: an error of at most 2 times (gradients: 3 times) that of the same maths in plain PyTorch
-at the tested dtype, plus a rounding floor. It is here to find an installation, a driver or a device that is broken, in
-seconds; the tests find what is wrong in a kernel.
+"""Small attention problems on one device, forward and backward, held to the oracle; the few of them that find an
+installation, a driver or a device that is broken, in seconds. The rule is that of the tests (tolerance.py); the tests
+find what is wrong in a kernel.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import flash_attn_plus
 
-from . import reference
+from . import reference, tolerance
 from .schemas import Variant, Varlen
-
-_FACTORS = {"out": 2.0, "lse": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}
+from .tolerance import Result, Results
 
 
 class Check(NamedTuple):
-    """One problem. ``lengths`` are those of a packed batch, of queries and of keys; heads are 4, key heads 2."""
+    """One problem. ``lengths`` are those of a packed batch, of queries and (unless ``lengths_k``) of keys."""
 
     name: str
     dtype: torch.dtype
@@ -33,6 +31,32 @@ class Check(NamedTuple):
     lengths: tuple[int, ...] = ()
     window_left: int = -1
     backward: bool = True
+    window_right: int = -1
+    causal: bool = True
+    softcap: float = 0.0
+    options: str = ""  # of "alibi", "bias", "sink", "dropout"; "lse": the gradient comes through it too
+    batch: int = 2
+    heads: int = 4
+    heads_k: int = 2
+    head_dim_v: int | None = None  # None: head_dim
+    lengths_k: tuple[int, ...] = ()
+    page_size: int = 0  # 0: keys are not in pages
+    layout: str = "contiguous"  # or "sliced", "heads first", "every other" (column); "packed": q, k, v in one tensor
+
+    @property
+    def shape(self) -> str:
+        lengths = f"{self.seqlen_q} x {self.seqlen_k}"
+        if self.lengths:
+            lengths = "+".join(map(str, self.lengths)) + (
+                f" x {'+'.join(map(str, self.lengths_k))}" * bool(self.lengths_k)
+            )
+        batch = "" if self.lengths else f"{self.batch} x "
+        dims = f"{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")
+        return f"{batch}({lengths}), {self.heads}:{self.heads_k} heads, d {dims}"
+
+    def run(self, device: torch.device, again: bool = False) -> Outcome:
+        """Raises what the kernels raise. ``again`` holds a second call to the bits of the first."""
+        return measure(lambda: _ours(self, _inputs(self, device)), lambda: _expected(self), again)
 
 
 # Each is a kernel, or three, to compile on a GPU: these few meet every dtype and every pass.
@@ -44,19 +68,30 @@ CHECKS = (
 )
 
 
-class Result(NamedTuple):
-    """How far a result is from the oracle, and how far it may be. ``failure`` is "" where that is well."""
-
-    name: str
-    error: float | None  # None where there is none to speak of: a wrong shape, NaN
-    bound: float
-    failure: str
-
-
 class Outcome(NamedTuple):
     results: list[Result]
     seconds: float
     first_call_seconds: float  # of that: until the kernels' first results; on a GPU this compiles them
+
+
+def measure(
+    ours: Callable[[], Results],
+    expected: Callable[[], tuple[Results, list[Results]]],
+    again: bool = False,
+    exact: tuple[str, ...] = (),
+) -> Outcome:
+    """What ``ours`` computes on a device, against the oracle and the trials that ``expected`` computes on the CPU: it
+    has float64, and is no part of what may be broken.
+    """
+    start = time.perf_counter()
+    with torch.enable_grad():
+        actual = {name: x.cpu() for name, x in ours().items()}
+        first_call_seconds = time.perf_counter() - start
+        second = {name: x.cpu() for name, x in ours().items()} if again else None
+        results = tolerance.compare(actual, *expected(), exact)
+    if second is not None:
+        results.append(tolerance.same_bits(actual, second))
+    return Outcome(results, time.perf_counter() - start, first_call_seconds)
 
 
 class _Inputs(NamedTuple):
@@ -64,109 +99,150 @@ class _Inputs(NamedTuple):
     k: Tensor
     v: Tensor
     dout: Tensor
+    dlse: Tensor
     layout: Varlen | None
     variant: Variant
-
-
-def run(check: Check, device: torch.device) -> Outcome:
-    """Raises what the kernels raise."""
-    start = time.perf_counter()
-    inputs = _inputs(check, device)
-    with torch.enable_grad():
-        # Compared on the CPU: it has float64, and is no part of what may be broken.
-        actual = {name: x.cpu() for name, x in _ours(check, inputs).items()}
-        first_call_seconds = time.perf_counter() - start
-        inputs = _inputs(check, torch.device("cpu"))
-        oracle = _plain(check, inputs, torch.float64)
-        # One evaluation can be close by luck: equal problems, q larger by what the scale is smaller.
-        trials = [_plain(check, inputs, None, stretch) for stretch in (1.0, 1.3, 0.7)]
-    # A flash backward recomputes P = exp(s - lse): the rounding of lse is a relative error of P, and of a gradient.
-    recomputed = _rounding_floor(oracle["lse"], torch.float32)
-    results = []
-    for name, x in actual.items():
-        expected = oracle[name]
-        plain = max(_error(trial[name], expected) for trial in trials)
-        relative = 0.0 if name in ("out", "lse") else recomputed
-        floor = _rounding_floor(expected, x.dtype) + relative * _largest(expected)
-        results.append(_result(name, x, expected, _FACTORS[name] * plain + floor))
-    return Outcome(results, time.perf_counter() - start, first_call_seconds)
 
 
 def _inputs(check: Check, device: torch.device) -> _Inputs:
     generator = torch.Generator().manual_seed(1)  # of its own: the caller's random numbers stay what they are
 
-    def draw(*shape: int) -> Tensor:
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return drawn.to(check.dtype).to(device).requires_grad_(check.backward)
+    def draw(*shape: int, dtype: torch.dtype = check.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
-    layout, batch = None, (2,)
-    seqlen_q, seqlen_k = check.seqlen_q, check.seqlen_k
+    def leaf(x: Tensor) -> Tensor:
+        return x.requires_grad_(check.backward)
+
+    layout, of_q, of_k, of_lse = None, (check.batch, check.seqlen_q), (check.batch, check.seqlen_k), ()
     if check.lengths:
-        starts = torch.tensor([0, *itertools.accumulate(check.lengths)], dtype=torch.int32, device=device)
-        layout = Varlen(starts, starts, max(check.lengths), max(check.lengths))
-        batch, seqlen_q, seqlen_k = (), sum(check.lengths), sum(check.lengths)
-    q, dout = (draw(*batch, seqlen_q, 4, check.head_dim) for _ in range(2))
-    k, v = (draw(*batch, seqlen_k, 2, check.head_dim) for _ in range(2))
-    return _Inputs(q, k, v, dout.detach(), layout, Variant(causal=True, window_left=check.window_left))
+        layout, of_k = _layout(check, device)
+        of_q = (sum(check.lengths),)
+        of_lse = (check.heads, *of_q)
+    else:
+        of_lse = (check.batch, check.heads, check.seqlen_q)
+    dim_v = check.head_dim_v or check.head_dim
+    q, dout = draw(*of_q, check.heads, check.head_dim), draw(*of_q, check.heads, dim_v)
+    k, v = draw(*of_k, check.heads_k, check.head_dim), draw(*of_k, check.heads_k, dim_v)
+    options: dict[str, Any] = {}
+    wanted = check.options.split()
+    if "alibi" in wanted:
+        options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, check.heads + 1, device=device)
+    if "sink" in wanted:
+        options["sink"] = leaf(draw(check.heads))
+    if "bias" in wanted:
+        options["attn_bias"] = leaf(draw(1, check.heads, check.seqlen_q, check.seqlen_k))
+    if "dropout" in wanted:
+        options |= dict(dropout_p=0.2, rng_state=torch.tensor([2**40 + 7, 3], device=device))
+    variant = Variant(
+        causal=check.causal,
+        window_left=check.window_left,
+        window_right=check.window_right,
+        softcap=check.softcap,
+        **options,
+    )
+    q, k, v = (leaf(laid_out(x, check.layout)) for x in (q, k, v))
+    return _Inputs(q, k, v, dout, draw(*of_lse, dtype=torch.float32), layout, variant)
 
 
-def _ours(check: Check, inputs: _Inputs) -> dict[str, Tensor]:
-    """By the public functions."""
-    q, k, v, dout, layout, _ = inputs
-    options = dict(causal=True, window_size=(check.window_left, -1), return_lse=True)
+def _layout(check: Check, device: torch.device) -> tuple[Varlen, tuple[int, ...]]:
+    """And the rows of k: those of all sequences, or (pages, page size)."""
+
+    def starts(lengths: tuple[int, ...]) -> Tensor:
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+    lengths_k = check.lengths_k or check.lengths
+    of_q = starts(check.lengths)
+    layout = Varlen(of_q, starts(lengths_k) if check.lengths_k else of_q, max(check.lengths), max(lengths_k))
+    if not check.page_size:
+        return layout, (sum(lengths_k),)
+    table, pages = page_table(lengths_k, check.page_size)
+    return layout._replace(block_table=table.to(device)), (pages, check.page_size)
+
+
+def page_table(lengths: tuple[int, ...], page_size: int) -> tuple[Tensor, int]:
+    """(batch, pages of the longest), the last pages first, and how many pages there are; page 0 belongs to nobody."""
+    counts = [-(-length // page_size) for length in lengths]
+    pages = sum(counts) + 1
+    numbers = iter(range(pages - 1, 0, -1))
+    rows = [[next(numbers) for _ in range(count)] + [0] * (max(counts) - count) for count in counts]
+    return torch.tensor(rows, dtype=torch.int32), pages
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers at the strides that a name stands for; NaN lies between them."""
+    if layout == "sliced":
+        into = x.new_full((*x.shape[:-2], x.shape[-2] + 1, x.shape[-1] + 8), torch.nan)[..., 1:, : x.shape[-1]]
+    elif layout == "heads first":
+        into = x.new_full((*x.shape[:-3], x.shape[-2], x.shape[-3], x.shape[-1]), torch.nan).transpose(-2, -3)
+    elif layout == "every other":
+        into = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)[..., ::2]
+    else:
+        return x
+    return into.copy_(x)
+
+
+def _ours(check: Check, inputs: _Inputs) -> Results:
+    """By the public functions, and with dropout by the operators: the oracle must know their random state."""
+    (q, k, v), (layout, variant) = inputs[:3], inputs[5:]
+    if variant.dropout_p:
+        ops = torch.ops.flash_attn_plus
+        out, lse = ops.fwd(q, k, v, *variant) if layout is None else ops.varlen_fwd(q, k, v, *layout[:4], *variant)
+        return _with_gradients(check, out, lse, (q, k, v), inputs)
+    options = dict(
+        causal=variant.causal, window_size=(variant.window_left, variant.window_right), softcap=variant.softcap
+    )
+    options |= dict(alibi_slopes=variant.alibi_slopes, attn_bias=variant.attn_bias, sink=variant.sink, return_lse=True)
+    if check.layout == "packed":
+        qkv = torch.stack([x.detach() for x in (q, k, v)], dim=-3).requires_grad_(check.backward)
+        if layout is None:
+            out, lse = flash_attn_plus.flash_attn_qkvpacked_func(qkv, **options)
+        else:
+            starts, _, longest, *_ = layout
+            out, lse = flash_attn_plus.flash_attn_varlen_qkvpacked_func(qkv, starts, longest, **options)
+        return _with_gradients(check, out, lse, (qkv,), inputs)
     if layout is None:
         out, lse = flash_attn_plus.flash_attn_func(q, k, v, **options)
     else:
+        options["block_table"] = layout.block_table
         out, lse = flash_attn_plus.flash_attn_varlen_func(q, k, v, *layout[:4], **options)
-    return _with_gradients(check, out, lse, (q, k, v), dout)
+    return _with_gradients(check, out, lse, (q, k, v), inputs)
 
 
-def _plain(check: Check, inputs: _Inputs, dtype: torch.dtype | None, stretch: float = 1.0) -> dict[str, Tensor]:
-    """The textbook's maths in ``dtype`` (None: the inputs'), on q times ``stretch``."""
-    q, k, v = (x.detach().to(dtype or x.dtype).requires_grad_(check.backward) for x in inputs[:3])
-    variant = inputs.variant._replace(softmax_scale=check.head_dim**-0.5 / stretch)
+def _expected(check: Check) -> tuple[Results, list[Results]]:
+    inputs = _inputs(check, torch.device("cpu"))
+    trials = [_plain(check, inputs, None, stretch) for stretch in (1.0, 1.3, 0.7)]
+    return _plain(check, inputs, torch.float64), trials
+
+
+def _plain(check: Check, inputs: _Inputs, dtype: torch.dtype | None, stretch: float = 1.0) -> Results:
+    """The textbook's maths in ``dtype`` (None: the inputs'), on q times ``stretch``: an equal problem, as the scale is
+    smaller by that.
+    """
+
+    def leaf(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().to(dtype or x.dtype).requires_grad_(check.backward)
+
+    q, k, v = map(leaf, inputs[:3])
+    sink, bias = leaf(inputs.variant.sink), leaf(inputs.variant.attn_bias)
+    variant = inputs.variant._replace(softmax_scale=check.head_dim**-0.5 / stretch, sink=sink, attn_bias=bias)
     if inputs.layout is None:
         out, lse = reference.attention(q * stretch, k, v, variant, dtype=dtype)
     else:
         out, lse = reference.varlen_attention(q * stretch, k, v, inputs.layout, variant, dtype=dtype)
-    return _with_gradients(check, out, lse, (q, k, v), inputs.dout)
+    return _with_gradients(check, out, lse, (q, k, v), inputs._replace(variant=variant))
 
 
-def _with_gradients(check: Check, out: Tensor, lse: Tensor, inputs: tuple, dout: Tensor) -> dict[str, Tensor]:
+def _with_gradients(check: Check, out: Tensor, lse: Tensor, qkv: tuple[Tensor, ...], inputs: _Inputs) -> Results:
     results = {"out": out.detach(), "lse": lse.detach()}
-    if check.backward:
-        # Of a sum: given gradients to start from, PyTorch imports its symbolic shapes, which takes a second.
-        grads = torch.autograd.grad((out * dout.to(out.dtype)).sum(), inputs)
-        results |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
-    return results
-
-
-def _result(name: str, actual: Tensor, expected: Tensor, bound: float) -> Result:
-    if actual.shape != expected.shape:
-        return Result(name, None, bound, f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
-    if not actual.isfinite().all():
-        wrong = ~actual.isfinite()
-        return Result(name, None, bound, f"{int(wrong.sum())} of {wrong.numel()} elements are not finite")
-    error = _error(actual, expected)
-    if error <= bound:
-        return Result(name, error, bound, "")
-    differences = (actual.double() - expected).abs()
-    at = (differences == differences.max()).nonzero()[0].tolist()
-    found, wanted = actual[tuple(at)].item(), expected[tuple(at)].item()
-    return Result(
-        name, error, bound, f"expected {wanted:.6g}, found {found:.6g} at {at}; error {error:.3g} > bound {bound:.3g}"
-    )
-
-
-def _error(actual: Tensor, expected: Tensor) -> float:
-    return _largest(actual.double() - expected)
-
-
-def _rounding_floor(expected: Tensor, dtype: torch.dtype) -> float:
-    """Twice what rounding at ``dtype`` costs numbers of this size: two roundings of half a unit in the last place."""
-    magnitude = torch.tensor(_largest(expected.to(dtype)) + 0.3, dtype=torch.float64)
-    return 2 * torch.finfo(dtype).eps * 2.0 ** magnitude.log2().floor().item()
-
-
-def _largest(x: Tensor) -> float:
-    return x.abs().max().item()
+    if not check.backward:
+        return results
+    options = {"dsink": inputs.variant.sink, "dbias": inputs.variant.attn_bias}
+    options = {name: x for name, x in options.items() if x is not None}
+    # Of a sum: given gradients to start from, PyTorch imports its symbolic shapes, which takes a second.
+    loss = (out * inputs.dout.to(out.dtype)).sum()
+    if "lse" in check.options.split():
+        loss = loss + (lse * inputs.dlse.to(lse.dtype)).sum()
+    (*grads,) = torch.autograd.grad(loss, (*qkv, *options.values()))
+    if len(qkv) == 1:
+        grads = [*grads[0].unbind(-3), *grads[1:]]
+    return results | dict(zip(("dq", "dk", "dv", *options), grads, strict=True))

@@ -65,8 +65,9 @@ class Launch:
         self.run = self.compiled[self.grid]
         if "stream" in inspect.signature(self.run).parameters:
             self.stream_of = triton.runtime.driver.active.get_current_stream
-            if device.static_launcher() is not None:
-                self.direct = Direct.of(self.compiled, self.grid[0], tensors, rest)
+            launcher = device.static_launcher(tensors[0].device)
+            if launcher is not None:
+                self.direct = Direct.of(launcher, self.compiled, self.grid[0], tensors, rest)
             else:
                 log.once("this PyTorch has no launcher of Triton kernels: Triton's own, which takes longer on the host")
 
@@ -82,7 +83,7 @@ class Direct:
     takes what the kernel takes, and nothing else.
     """
 
-    def __init__(self, compiled, programs: int, tensors: tuple, rest: tuple) -> None:
+    def __init__(self, launcher: Callable, compiled, programs: int, tensors: tuple, rest: tuple) -> None:
         metadata = compiled.metadata
         if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
             raise NotImplementedError("a kernel that needs more than a grid")
@@ -103,13 +104,13 @@ class Direct:
         self.letters = "".join(letters) + "O" * len(self.hidden)
         self.rest, self.behind = None, ()
         head = (compiled.function, programs, 1, 1, metadata.num_warps, metadata.shared, self.letters)
-        self.launch = functools.partial(device.static_launcher(), *head)
+        self.launch = functools.partial(launcher, *head)
 
     @classmethod
-    def of(cls, compiled, programs: int, tensors: tuple, rest: tuple) -> Direct | None:
+    def of(cls, launcher: Callable, compiled, programs: int, tensors: tuple, rest: tuple) -> Direct | None:
         """None where this kernel cannot be launched so."""
         try:
-            return cls(compiled, programs, tensors, rest)
+            return cls(launcher, compiled, programs, tensors, rest)
         except (AttributeError, KeyError, NotImplementedError):
             return None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import flash_attn_plus
 from flash_attn_plus import library, reference
 from flash_attn_plus.as_flash_attn import not_served
+from flash_attn_plus.device import cuda_capability
 from flash_attn_plus.schemas import Variant, Varlen
 
 # Whether the log-sum-exp of a query that sees no key is +inf, as in flash-attn 2, instead of -inf.
@@ -38,7 +39,7 @@ def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_
         return 64 if is_dropout else 128
     if head_dim <= 96 or head_dim > 128:
         return 64
-    major, minor = torch.cuda.get_device_capability(device) if torch.device(device).type == "cuda" else (8, 0)
+    major, minor = cuda_capability(torch.device(device)) or (8, 0)
     if major == 8 and minor > 0:
         return 64 if is_causal and not is_dropout else 32
     return 32 if is_dropout else 64
