@@ -159,7 +159,8 @@ last = "    deterministic: bool = False\\n"
 source = path.read_text().replace(last, last + "    extra_option: float = 0.0\\n")
 exec(compile(source, path, "exec"), schemas.__dict__)
 assert schemas.Variant._fields[-1] == "extra_option"
-for name in ("fwd", "bwd", "bwd_into", "varlen_fwd", "varlen_bwd", "varlen_bwd_into"):
+attention = ("fwd", "bwd", "bwd_into", "varlen_fwd", "varlen_bwd", "varlen_bwd_into")
+for name in (*attention, "flag_gems_fwd", "flag_gems_varlen_fwd"):
     schemas.SCHEMAS[name] = schemas.SCHEMAS[name].replace(") -> ", ", float extra_option=0.0) -> ")
 """
 

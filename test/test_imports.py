@@ -42,7 +42,8 @@ FLOORS = {
     "dropin.flash_attn.ops.triton.__init__": Floor(outside=""),
     "dropin.flash_attn.ops.triton.rotary": Floor("__init__ as_flash_attn"),
     "as_flash_attn": Floor("__init__", outside="flash_attn"),
-    "__init__": Floor("autocast autograd flops interface kvcache library padding rotary vmap", outside=""),
+    "__init__": Floor("autocast autograd backend flops interface kvcache library padding rotary vmap", outside=""),
+    "backend": Floor("eager interface kvcache library schemas"),
     "kvcache": Floor("eager interface library schemas"),
     "rotary": Floor("checks_rotary interface library schemas"),
     "interface": Floor("eager library schemas", on_call="reference"),
@@ -51,7 +52,7 @@ FLOORS = {
     "autocast": Floor("library"),
     "vmap": Floor("library schemas"),
     "flops": Floor("library schemas"),
-    "library": Floor("checks checks_cache checks_rotary memory native schemas"),
+    "library": Floor("checks checks_cache checks_flag_gems checks_rotary memory native schemas"),
     "memory": Floor("device"),
     "cpu": Floor("cache checks checks_cache checks_rotary into log native rotate rowblocks states strides schemas"),
     "gpu": Floor(
@@ -60,6 +61,8 @@ FLOORS = {
         " kernels.rotary",
     ),
     "anywhere": Floor("cache checks into log rotate rowblocks states schemas"),
+    "integrations.flag_gems": Floor("checks schemas", outside="torch triton flag_gems"),
+    "integrations.__init__": Floor(outside=""),
     "kernels.decode": Floor(
         "kernels.arguments kernels.combine kernels.forward kernels.launch kernels.scores kernels.softmax kernels.splits"
         " kernels.tiles device plan strides schemas",
@@ -101,6 +104,7 @@ FLOORS = {
     "tolerance": Floor(),
     "cache": Floor("checks rotate schemas"),
     "checks_cache": Floor("checks schemas"),
+    "checks_flag_gems": Floor("checks schemas"),
     "checks_rotary": Floor("checks schemas"),
     "checks": Floor("schemas"),
     "rotate": Floor("schemas"),
@@ -183,6 +187,7 @@ class TestFloors:
     def test_modules_of_devices_are_floors_too(self) -> None:
         """The library imports them by name, on the first call of an operator on such a device."""
         assert set(library.BACKENDS.values()) <= set(FLOORS)
+        assert {row.module for row in library._OPERATORS.values()} - {None} == {"integrations.flag_gems"}
 
     def test_the_reader_of_imports_sees_them_all(self) -> None:
         source = """if True:

@@ -15,8 +15,9 @@ import flash_attn_plus  # noqa: F401  (registers the schemas)
 from flash_attn_plus import schemas
 from flash_attn_plus.schemas import SCHEMAS, Rotation, Variant, Varlen
 
-ATTENTION = ["fwd", "bwd", "bwd_into", "varlen_fwd", "varlen_bwd", "varlen_bwd_into"]
-VARLEN = [name for name in ATTENTION if name.startswith("varlen")]
+FLAG_GEMS = ["flag_gems_fwd", "flag_gems_varlen_fwd"]
+ATTENTION = ["fwd", "bwd", "bwd_into", "varlen_fwd", "varlen_bwd", "varlen_bwd_into", *FLAG_GEMS]
+VARLEN = [name for name in ATTENTION if "varlen" in name]
 NEEDS = {"need_dq": True, "need_dkv": True, "need_dbias": True}
 
 
@@ -50,6 +51,8 @@ flash_attn_plus::bwd
 flash_attn_plus::bwd_into
 flash_attn_plus::combine
 flash_attn_plus::decode
+flash_attn_plus::flag_gems_fwd
+flash_attn_plus::flag_gems_varlen_fwd
 flash_attn_plus::fwd
 flash_attn_plus::merge_states
 flash_attn_plus::rotary
@@ -373,7 +376,7 @@ class TestShape:
     def test_lengths_and_windows_are_symbolic(self, name: str) -> None:
         """As plain ints they would recompile for every value."""
         symbolic = set(re.findall(r"SymInt\??\s(\w+)", str(registered(name))))
-        lengths = {"max_seqlen_q", "max_seqlen_k"} if name.startswith("varlen") else set()
+        lengths = {"max_seqlen_q", "max_seqlen_k"} if name in VARLEN else set()
         assert symbolic == {"window_left", "window_right", "diagonal", *lengths}
 
 

@@ -5,6 +5,7 @@ The functions below have the names, arguments and results of flash-attn 2.8.3; t
 """
 
 from . import autocast, autograd, flops, vmap  # noqa: F401  (each tells PyTorch its part of every operator)
+from .backend import use_backend
 from .interface import (
     explain,
     flash_attn_combine,
@@ -53,4 +54,5 @@ __all__ = [
     "register_device",
     "unpad_input",
     "unpad_input_for_concatenated_sequences",
+    "use_backend",
 ]

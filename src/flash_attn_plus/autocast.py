@@ -70,7 +70,7 @@ def _kernel(name: str, device: str) -> Callable:
         with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
             return op(*args)
 
-    return cast_qkv if name in ("fwd", "varlen_fwd") else leave_as_it_is
+    return cast_qkv if name.endswith("fwd") else leave_as_it_is
 
 
 def _register() -> None:

@@ -338,6 +338,8 @@ def _not_differentiable(name: str) -> type:
         @staticmethod
         def backward(ctx, *grads):
             why = " (no double backward)" if "bwd" in name else ""
+            if name.startswith("flag_gems_"):
+                why = ": flag_gems has no backward for it; select no backend where a gradient is needed"
             raise NotImplementedError(f"flash_attn_plus::{name} is not differentiable{why}")
 
         jvp = _no_forward_mode(name)

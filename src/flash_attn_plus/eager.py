@@ -185,6 +185,23 @@ def varlen_fwd(
     return _varlen_fwd(structured, joint)
 
 
+def _selectable(name: str) -> Callable[[tuple, Joint | None], tuple[Tensor, Tensor]]:
+    """Always through the dispatcher: what another library takes on the host is more."""
+    op = library.overload(name)
+    return lambda structured, joint=None: op(*library.flatten(name, structured))
+
+
+_SELECTABLE = {"flag_gems": {"fwd": _selectable("flag_gems_fwd"), "varlen_fwd": _selectable("flag_gems_varlen_fwd")}}
+
+
+def selected(backend: str, name: str) -> Callable[[tuple, Joint | None], tuple[Tensor, Tensor]]:
+    """What stands in the place of ``fwd`` or ``varlen_fwd`` where the caller selects a backend."""
+    if not isinstance(backend, str) or backend not in _SELECTABLE:
+        names = ", ".join(map(repr, _SELECTABLE))
+        raise ValueError(f"backend: expected one of {names}, or none, got {backend!r}")
+    return _SELECTABLE[backend][name]
+
+
 class _Undifferentiated:
     """The way to an operator that has no gradient."""
 

@@ -88,10 +88,12 @@ def _decode(
 def _register() -> None:
     ops = getattr(torch.ops, NAMESPACE)
     flop_counter.register_flop_formula(ops.fwd)(_forward)
+    flop_counter.register_flop_formula(ops.flag_gems_fwd)(_forward)
     flop_counter.register_flop_formula(ops.bwd)(_backward)
     flop_counter.register_flop_formula(ops.decode, get_raw=True)(_decode)
     flop_counter.register_flop_formula(ops.bwd_into)(_backward)
     flop_counter.register_flop_formula(ops.varlen_fwd, get_raw=True)(_varlen_forward)
+    flop_counter.register_flop_formula(ops.flag_gems_varlen_fwd, get_raw=True)(_varlen_forward)
     flop_counter.register_flop_formula(ops.varlen_bwd, get_raw=True)(_varlen_backward)
     flop_counter.register_flop_formula(ops.varlen_bwd_into, get_raw=True)(_varlen_backward_into)
 

@@ -41,6 +41,8 @@ _OPTIONS = """dropout_p: float in [0, 1). Attention weights are dropped with thi
         sink: floating (heads,); one more logit per head that takes part in the softmax and has no value
             ("attention sink", Xiao et al. 2024; gpt-oss). Differentiable.
         return_lse: return (out, lse).
+        backend: None, or "flag_gems": flag_gems computes the forward. There is no backward, and what it does not
+            compute right raises NotImplementedError, as does what it has not: nothing else runs in its place.
 
     Returns:
         out, or (out, lse), or (out, lse, S_dmask). lse is the log-sum-exp of the scores (sink included), natural
@@ -183,14 +185,16 @@ def _dense(
     attn_bias: Tensor | None,
     sink: Tensor | None,
     return_lse: bool,
+    backend: str | None,
 ) -> Any:
     _check_returns(return_attn_probs, return_lse)
+    attend = eager.fwd if backend is None else eager.selected(backend, "fwd")
     rng_state = _random_state(q, dropout_p)
     variant = _variant(
         *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
         deterministic,
     )
-    out, lse = eager.fwd((q, k, v, variant), joint)
+    out, lse = attend((q, k, v, variant), joint)
     if return_attn_probs:
         return out, lse, _s_dmask("s_dmask", q, k, variant)
     return (out, lse) if return_lse else out
@@ -213,6 +217,7 @@ def flash_attn_func(
     attn_bias: Tensor | None = None,
     sink: Tensor | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> Any:
     """softmax(q @ k^T * softmax_scale) @ v without the seqlen_q x seqlen_k matrix in memory (Dao et al. 2022, 2023).
 
@@ -226,7 +231,7 @@ def flash_attn_func(
     """
     return _dense(
         *(q, k, v, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        *(return_attn_probs, attn_bias, sink, return_lse),
+        *(return_attn_probs, attn_bias, sink, return_lse, backend),
     )
 
 
@@ -255,6 +260,7 @@ def flash_attn_kvpacked_func(
     attn_bias: Tensor | None = None,
     sink: Tensor | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> Any:
     """:func:`flash_attn_func` with keys and values in one tensor; its gradient is one tensor too.
 
@@ -268,7 +274,7 @@ def flash_attn_kvpacked_func(
     k, v = _parts("kv", kv, 2, 2, "(batch, seqlen_k, 2, heads_k, head_dim)")
     return _dense(
         *(q, k, v, (q, kv), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        *(return_attn_probs, attn_bias, sink, return_lse),
+        *(return_attn_probs, attn_bias, sink, return_lse, backend),
     )
 
 
@@ -287,6 +293,7 @@ def flash_attn_qkvpacked_func(
     attn_bias: Tensor | None = None,
     sink: Tensor | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> Any:
     """:func:`flash_attn_func` with queries, keys and values in one tensor; its gradient is one tensor too.
 
@@ -299,7 +306,7 @@ def flash_attn_qkvpacked_func(
     q, k, v = _parts("qkv", qkv, 3, 2, "(batch, seqlen, 3, heads, head_dim)")
     return _dense(
         *(q, k, v, (qkv, None), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        *(return_attn_probs, attn_bias, sink, return_lse),
+        *(return_attn_probs, attn_bias, sink, return_lse, backend),
     )
 
 
@@ -326,14 +333,16 @@ def _varlen(
     attn_bias: Tensor | None,
     sink: Tensor | None,
     return_lse: bool,
+    backend: str | None,
 ) -> Any:
     _check_returns(return_attn_probs, return_lse)
+    attend = eager.varlen_fwd if backend is None else eager.selected(backend, "varlen_fwd")
     rng_state = _random_state(q, dropout_p)
     variant = _variant(
         *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
         deterministic,
     )
-    out, lse = eager.varlen_fwd((q, k, v, layout, variant), joint)
+    out, lse = attend((q, k, v, layout, variant), joint)
     if return_attn_probs:
         return out, lse, _s_dmask("varlen_s_dmask", q, k, variant, layout)
     return (out, lse) if return_lse else out
@@ -364,6 +373,7 @@ def flash_attn_varlen_func(
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
+    backend: str | None = None,
 ) -> Any:
     """:func:`flash_attn_func` over sequences of different length, packed one behind the other without padding.
 
@@ -388,7 +398,7 @@ def flash_attn_varlen_func(
     )
     return _varlen(
         *(q, k, v, layout, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        *(return_attn_probs, attn_bias, sink, return_lse),
+        *(return_attn_probs, attn_bias, sink, return_lse, backend),
     )
 
 
@@ -412,6 +422,7 @@ def flash_attn_varlen_kvpacked_func(
     attn_bias: Tensor | None = None,
     sink: Tensor | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> Any:
     """:func:`flash_attn_varlen_func` with keys and values in one tensor; its gradient is one tensor too.
 
@@ -427,7 +438,7 @@ def flash_attn_varlen_kvpacked_func(
     layout = _layout(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _varlen(
         *(q, k, v, layout, (q, kv), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
-        *(deterministic, return_attn_probs, attn_bias, sink, return_lse),
+        *(deterministic, return_attn_probs, attn_bias, sink, return_lse, backend),
     )
 
 
@@ -448,6 +459,7 @@ def flash_attn_varlen_qkvpacked_func(
     attn_bias: Tensor | None = None,
     sink: Tensor | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> Any:
     """:func:`flash_attn_varlen_func` with queries, keys and values in one tensor; its gradient is one tensor too.
 
@@ -464,7 +476,7 @@ def flash_attn_varlen_qkvpacked_func(
     layout = _layout(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return _varlen(
         *(q, k, v, layout, (qkv, None), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
-        *(deterministic, return_attn_probs, attn_bias, sink, return_lse),
+        *(deterministic, return_attn_probs, attn_bias, sink, return_lse, backend),
     )
 
 

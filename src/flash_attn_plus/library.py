@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, checks_cache, checks_rotary, native
+from . import checks, checks_cache, checks_flag_gems, checks_rotary, native
 from .memory import Memory, signature
 from .schemas import NAMESPACE, SCHEMAS, Cache, New, Rotation, Variant, Varlen
 
@@ -206,6 +206,7 @@ class _Operator(NamedTuple):
     # Arguments that change from call to call and are left out of the signature, and what checks them in every call.
     varying: tuple[str, ...] = ()
     check_varying: Callable | None = None
+    module: str | None = None  # the one that implements it on every device; None: each device's own
 
 
 _OPERATORS = {
@@ -231,6 +232,14 @@ _OPERATORS = {
     ),
     "append_kv": _Operator(_attention_parser("append_kv"), checks_cache.append_kv, _no_results, "append_kv"),
     "decode": _Operator(_attention_parser("decode"), checks_cache.decode, _decode_results, "decode"),
+    "flag_gems_fwd": _Operator(
+        *(_attention_parser("flag_gems_fwd"), checks_flag_gems.dense, _fwd_results, "forward"),
+        module="integrations.flag_gems",
+    ),
+    "flag_gems_varlen_fwd": _Operator(
+        *(_attention_parser("flag_gems_varlen_fwd"), checks_flag_gems.varlen, _varlen_fwd_results, "varlen_forward"),
+        module="integrations.flag_gems",
+    ),
 }
 
 
@@ -274,14 +283,14 @@ def _device_kernel(name: str, module: str) -> Callable:
     all that their signature decides, and returns what then runs in place of ``forward``. Its ``say`` logs what is not
     taken for such arguments, and why.
     """
-    parse, check, _, attribute, varying, check_varying = _OPERATORS[name]
+    parse, check, _, attribute, varying, check_varying, only = _OPERATORS[name]
     memory = _memories[name]
     signed = [i for i, argument in enumerate(argument_names(name)) if argument not in varying]
 
     def prepared(structured: tuple) -> Callable:
         check(*structured)
         implementation = importlib.import_module(f"{__package__}.{module}")
-        if "Tensor? attn_bias" in SCHEMAS[name]:  # attention
+        if "Tensor? attn_bias" in SCHEMAS[name] and only is None:  # attention that chooses what runs
             implementation.say(attribute, *structured)
         prepare = getattr(implementation, f"prepare_{attribute}", None)
         return prepare(*structured) if prepare else getattr(implementation, attribute)
@@ -326,9 +335,10 @@ def register_device(dispatch_key: str) -> None:
         meant = _key_meant(dispatch_key)
         hint = f", a device type, whose key is {meant!r}" if meant else ""
         raise ValueError(f"dispatch_key: expected one of {', '.join(_VENDOR_KEYS)}, got {dispatch_key!r}{hint}")
-    for name in _OPERATORS:
-        LIBRARY.impl(name, _device_kernel(name, "gpu"), dispatch_key)
-        _memories[name].clear()  # what ran there until now
+    for name, row in _OPERATORS.items():
+        if row.module is None:
+            LIBRARY.impl(name, _device_kernel(name, "gpu"), dispatch_key)
+            _memories[name].clear()  # what ran there until now
     BACKENDS[dispatch_key] = "gpu"
 
 
@@ -358,7 +368,9 @@ def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | 
 def _register() -> None:
     for name in _OPERATORS:
         torch.library.register_fake(f"{NAMESPACE}::{name}", _fake(name), lib=LIBRARY)
-        for key, module in BACKENDS.items():
+        everywhere = _OPERATORS[name].module
+        modules = BACKENDS if everywhere is None else {"CompositeExplicitAutograd": everywhere}
+        for key, module in modules.items():
             LIBRARY.impl(name, _device_kernel(name, module), key)
 
     def cpu_forward_fake(q, k, v, softmax_scale, left, right, diagonal):

@@ -57,6 +57,9 @@ SCHEMAS: dict[str, str] = {
     "rotary_": f"(Tensor(a!) x, {_ROTATION}) -> ()",
     "append_kv": f"(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, {_NEW}) -> ()",
     "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_CACHE}, {_VARIANT}, SymInt num_splits=0) -> {_OUT}",
+    # By flag_gems, where the caller selects it: the same arguments, of which it takes some (checks_flag_gems.py).
+    "flag_gems_fwd": f"(Tensor q, Tensor k, Tensor v, {_VARIANT}) -> {_OUT}",
+    "flag_gems_varlen_fwd": f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}, {_VARIANT}, {_LAYOUT_OPTIONS}) -> {_OUT}",
     # Implemented by the native library (csrc/) on CPU only; chosen by cpu.py, never called by users.
     "_cpu_forward": (
         "(Tensor q, Tensor k, Tensor v, float softmax_scale, int left, int right, int diagonal) -> "
