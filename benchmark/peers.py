@@ -5,7 +5,9 @@ ours, fa4 and everything packed (tokens, heads, head_dim), SDPA, FlexAttention a
 (batch, heads, seqlen, head_dim). What is made once for a shape (offsets, FlexAttention's block mask) is made
 before the clock starts.
 
-Blank on purpose: SDPA takes no packed sequences, so cuDNN has no varlen; flag_gems 5.0.2 has no backward that is right.
+Blank on purpose: SDPA takes no packed sequences, so cuDNN has no varlen. The backward of flag_gems 5.0.2 always masks
+causally, so it runs for causal problems only; and of its configs it may choose among those that write every row of dq
+(docs/flaggems_analysis_report_en.md). Its packed attention has no backward.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,9 +49,13 @@ class Peer:
     varlen: Call | None = None
     module: str | None = None  # optional: without it the peer is absent
     gpu_only: bool = True
+    full_backward: bool = True  # whether its backward can do without a causal mask
 
     def call(self, problem: Problem) -> Call | None:
-        return self.varlen if problem.varlen else self.dense
+        call = self.varlen if problem.varlen else self.dense
+        if call and not problem.causal and not self.full_backward:
+            call = replace(call, backward=False)
+        return call
 
     def absence(self) -> str | None:
         """Why it cannot be imported here; None where it can."""
@@ -129,11 +137,15 @@ def _fa4_varlen(problem: Problem, device: str) -> Callable:
 
 
 def _gems(problem: Problem, device: str) -> Callable:
+    """Lengths are equal here: its causal mask, top-left, is ours."""
     import flag_gems
 
-    forward = flag_gems.scaled_dot_product_attention_forward
-    gqa = problem.heads != problem.heads_k
-    return lambda q, k, v: forward(q, k, v, is_causal=problem.causal, enable_gqa=gqa)[0]
+    backward = getattr(sys.modules.get("flag_gems.ops.attention"), "_attn_bwd", None)
+    if backward is not None:
+        tiles = ((config, config.kwargs) for config in backward.fn.configs)
+        backward.fn.configs = [config for config, tile in tiles if tile["BLOCK_M2"] == tile["BLOCK_N1"]]
+    options = dict(is_causal=problem.causal, enable_gqa=problem.heads != problem.heads_k)
+    return functools.partial(flag_gems.scaled_dot_product_attention, **options)
 
 
 def _gems_varlen(problem: Problem, device: str) -> Callable:
@@ -146,6 +158,8 @@ def _gems_varlen(problem: Problem, device: str) -> Callable:
 
 if torch.version.cuda:
     os.environ.setdefault("GEMS_VENDOR", "nvidia")  # else its import runs every vendor's command-line tool
+# It keeps what it tuned, for any program: here it tunes itself, among the configs that are left to it.
+os.environ.setdefault("FLAGGEMS_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"flag_gems_{os.getpid()}"))
 
 _flash = functools.partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
 _cudnn = functools.partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
@@ -162,9 +176,10 @@ PEERS = {
         Peer("fa4", Call(_fa4), Call(_fa4_varlen), module="flash_attn.cute"),
         Peer(
             "gems",
-            Call(_gems, heads_first=True, backward=False),
+            Call(_gems, heads_first=True),
             Call(_gems_varlen, backward=False),
             module="flag_gems",
+            full_backward=False,
         ),
     )
 }

@@ -25,8 +25,12 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TRANSLATED = {
     page: chinese
     for page in PAGES
-    for chinese in (page.with_name(f"{page.stem}_CN.md"), page.with_name(f"{page.stem}_cn.md"))
-    if chinese in PAGES
+    for chinese in (
+        page.with_name(f"{page.stem}_CN.md"),
+        page.with_name(f"{page.stem}_cn.md"),
+        page.with_name(f"{page.stem.removesuffix('_en')}.md"),
+    )
+    if chinese in PAGES and chinese != page
 }
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
@@ -132,6 +136,7 @@ def test_the_translations_are_all_found() -> None:
     assert {page.name for page in TRANSLATED} == {
         "README.md",
         "architecture.md",
+        "flaggems_analysis_report_en.md",
         "migrating.md",
         "performance.md",
         "troubleshooting.md",
