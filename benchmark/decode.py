@@ -382,8 +382,7 @@ def our_step(store: Store, page: int | None) -> Case:
     last = store.full - 1
     k_new, v_new = store.new
 
-    def call(copy: int) -> Tensor:
-        k, v, table = store.caches(copy, page)
+    def call(k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
         cache = {"cache_seqlens": last, "block_table": table, "causal": True}
         return fap.flash_attn_with_kvcache(store.q, k, v, k_new, v_new, **cache)
 
@@ -393,7 +392,7 @@ def our_step(store: Store, page: int | None) -> Case:
             return math.nan
         return relative(out[0], reference(store.q[0], k, v))
 
-    calls = [functools.partial(call, copy) for copy in store.whole]
+    calls = [functools.partial(call, *store.caches(copy, page)) for copy in store.whole]
     return Case(calls, error, store.row.bytes(store.row.batch * store.row.keys))
 
 
@@ -502,7 +501,7 @@ def planned(candidate: dict[str, int]) -> Iterator[None]:
     chosen = plan.decode
 
     def instead(*args, **kwargs):
-        return chosen(*args, **kwargs)._replace(**candidate)
+        return plan.DecodeRow(*(tiles and tiles._replace(**candidate) for tiles in chosen(*args, **kwargs)))
 
     def forget() -> None:
         library.memory_of("decode").clear()  # of calls that were like it, it recalls what ran, and asks no plan

@@ -1306,7 +1306,7 @@ def attend(names: list[str], options: argparse.Namespace, folder: Path) -> dict:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "FLAGGEMS_CACHE_DIR": str(folder / "gems")}
     if torch.version.cuda:
         environment.setdefault("GEMS_VENDOR", "nvidia")  # else its import runs every vendor's command-line tool
-    while left:
+    while left and time.monotonic() < options.deadline:
         out = folder / f"{left[0]}.jsonl"
         command = [sys.executable, __file__, "--device", options.device, "--work", str(out), "--cases", ",".join(left)]
         with (folder / f"{left[0]}.log").open("w") as log:
@@ -1314,6 +1314,8 @@ def attend(names: list[str], options: argparse.Namespace, folder: Path) -> dict:
             seen, since, late = 0, time.monotonic(), False
             while process.poll() is None:
                 time.sleep(0.1)
+                if time.monotonic() > options.deadline:
+                    process.kill()
                 if len(lines_of(out)) > seen:
                     seen, since = len(lines_of(out)), time.monotonic()
                 elif time.monotonic() - since > options.timeout:
@@ -1329,12 +1331,16 @@ def attend(names: list[str], options: argparse.Namespace, folder: Path) -> dict:
             facts |= {name: line[name] for name in ("version", "not imported") if name in line}
         if "not imported" in facts:
             return {"rows": {}, **facts}
+        if time.monotonic() > options.deadline:
+            break
         culprit = begun or next((name for name in left if name not in rows), None)
         if culprit is not None and (late or begun or not any(name in rows for name in left)):
             said = f"timed out after {options.timeout:.0f} s" if late else f"crashed with status {process.returncode}"
             tail = (folder / f"{left[0]}.log").read_text().strip().splitlines()[-1:]
             rows[culprit] = row(CASES[culprit], said, tail[0][:160] if tail else "")
         left = [name for name in left if name not in rows]
+    for name in names:
+        rows.setdefault(name, row(CASES[name], "not run", "out of time"))
     return {"rows": rows, **facts}
 
 
@@ -1360,6 +1366,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="processes at once"
     )
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for each case")
+    parser.add_argument("--at-most", type=float, default=math.inf, help="seconds in all; then the rest is not run")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", default=None, help="what is measured, where there is no git to say so")
@@ -1383,6 +1390,7 @@ def main(argv: list[str] | None = None) -> int:
         print("and pip install sqlalchemy pyyaml packaging", file=sys.stderr)
         return 2
     start = time.monotonic()
+    options.deadline = start + options.at_most
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         attended = functools.partial(attend, options=options, folder=Path(folder))
         results = list(pool.map(attended, groups_of(options.names, 5)))

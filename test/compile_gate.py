@@ -38,6 +38,11 @@ def problem(kind: str, dtype: torch.dtype, dim: int) -> tuple[Tensor, Tensor, Te
         return q[:, : plan.SHORT], k, v, variant, None
     if kind == "varlen":
         return q[0], k[0], v[0], variant, Varlen(offsets, offsets, SEQLEN, SEQLEN)
+    if kind in ("paged", "small_pages"):
+        size = 16 if kind == "small_pages" else 256
+        table = torch.zeros(2, SEQLEN // size, dtype=torch.int32)
+        layout = Varlen(offsets, offsets, SEQLEN, SEQLEN, block_table=table)
+        return q[0], k.view(-1, size, HEADS, dim), v.view(-1, size, HEADS, dim), variant, layout
     return q, k, v, variant, None
 
 
@@ -95,8 +100,8 @@ def decode_launches(kind: str, dtype: torch.dtype, dim: int) -> Iterator[tuple[s
     q, new = torch.empty(batch, rows, heads, dim, dtype=dtype), torch.empty(batch, 1, 1, dim, dtype=dtype)
     caches = torch.empty(batch, capacity, 1, dim, dtype=dtype)
     lengths, table = torch.zeros(batch, dtype=torch.int32), None
-    if kind in ("paged", "small_pages"):
-        page_size = 16 if kind == "small_pages" else 256
+    page_size = {"paged": 256, "small_pages": 16, "pages_64": 64}.get(kind)
+    if page_size is not None:
         caches = caches.view(-1, page_size, 1, dim)
         table = torch.zeros(batch, capacity // page_size, dtype=torch.int32)
     variant = {
@@ -108,7 +113,8 @@ def decode_launches(kind: str, dtype: torch.dtype, dim: int) -> Iterator[tuple[s
     for _ in range(2):
         prepared(*arguments_of_call)
     row = plan.decode(device.architecture(q.device), q.element_size(), dim)
-    yield "decode", row.split, prepared.launch
+    split = row.split_pages if kind == "pages_64" and row.split_pages is not None else row.split
+    yield "decode", split, prepared.launch
     yield "combine", None, prepared.combine
     one_part = (*arguments_of_call[:5], 1)
     prepared = decode.Decode(*one_part)

@@ -333,7 +333,7 @@ class TestWhoeverListensIsAsked:
             dense(*inputs())
         assert crossings.calls == 1
         memory = library.memory_of("fwd")
-        assert bool(memory.latest) == (memory_module._GUARDS is not None and dtype_of_inputs != torch.float32)
+        assert bool(memory.recent.latest) == (memory_module._GUARDS is not None and dtype_of_inputs != torch.float32)
 
     @pytest.mark.parametrize("option", ["sink", "attn_bias"])
     def test_gradients_of_options(self, option):

@@ -138,6 +138,8 @@ def test_the_peer_has_a_backward_where_it_is_right_only(monkeypatch, tmp_path):
     package.mkdir()
     shutil.copy(ROOT / "test" / "flag_gems_stand_in.py", package / "__init__.py")
     monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flag_gems"]:  # the real one
+        monkeypatch.delitem(sys.modules, name)
     gems = peers.PEERS["gems"]
     assert gems.absence() is None
     records = []

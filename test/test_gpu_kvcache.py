@@ -269,6 +269,91 @@ class TestGraphs:
             assert same_bits(results, run_decode(numbered)), f"caches {n}"
 
 
+class TestEarlyStart:
+    """In a CUDA graph, kernels are placed before the one in front has ended (kernels/early.py)."""
+
+    SLEEP = 2_000_000  # cycles: a millisecond, in which a kernel that does not wait would have ended
+
+    @pytest.mark.parametrize("name", ["plain", "everything_splits", "paged_16"])
+    def test_waits_for_what_it_reads(self, name, device):
+        """Queries, keys, lengths and tables are written a millisecond after the kernel could have started."""
+        problem = DECODE_BY_NAME[name].decoding(device, BF16)
+        fields = {"q": problem.q, "k_cache": problem.k_cache, "v_cache": problem.v_cache}
+        lists = {"cache_seqlens": problem.cache.cache_seqlens, "block_table": problem.cache.block_table}
+        right = {key: x.clone() for key, x in {**fields, **lists}.items() if x is not None}
+        expected = run_decode(problem)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for key, x in right.items():
+                torch.cuda._sleep(self.SLEEP)
+                {**fields, **lists}[key].copy_(x)
+            results = run_decode(problem)
+        for _ in range(3):
+            for key in right:
+                {**fields, **lists}[key].zero_()
+            graph.replay()
+            assert same_bits(results, expected)
+
+    def test_what_follows_waits_for_it(self, device):
+        """Kernels that know nothing of early starts, one that overwrites what is still read among them."""
+        problem = DECODE_BY_NAME["everything_splits"].decoding(device, BF16)
+        keys = problem.k_cache.clone()
+        expected = run_decode(problem)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            problem.k_cache.copy_(keys)
+            results = [x + 1 for x in run_decode(problem)]
+            problem.k_cache.zero_()
+        for _ in range(20):
+            graph.replay()
+            assert same_bits(tuple(results), tuple(x + 1 for x in expected))
+            assert not problem.k_cache.any()
+
+    @pytest.mark.parametrize("in_front", ["nothing", "memset", "copy", "host copy", "two streams", "event"])
+    def test_after_anything(self, in_front, device):
+        """Whatever a graph has in front of the kernel, capturing it works and its values are right."""
+        problem = DECODE_BY_NAME["everything_splits"].decoding(device, BF16)
+        expected = run_decode(problem)
+        q, other = problem.q.clone(), torch.cuda.Stream()
+        on_host = q.cpu().pin_memory()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            here = torch.cuda.current_stream()
+            if in_front == "memset":
+                problem.q.zero_()
+                problem.q.add_(q)
+            elif in_front == "copy":
+                problem.q.copy_(q)
+            elif in_front == "host copy":
+                problem.q.copy_(on_host, non_blocking=True)
+            elif in_front in ("two streams", "event"):
+                other.wait_stream(here)
+                with torch.cuda.stream(other):
+                    torch.cuda._sleep(self.SLEEP)
+                    problem.q.copy_(q)
+                if in_front == "two streams":
+                    problem.k_cache.add_(0)
+                here.wait_stream(other)
+            results = run_decode(problem)
+        for _ in range(3):
+            if in_front != "nothing":
+                problem.q.zero_()
+            graph.replay()
+            assert same_bits(results, expected)
+
+    def test_outside_of_graphs_too(self, device):
+        """The first launch of all asks for an early start, whatever comes in front of it."""
+        for dim in (40, 72, 104):  # compiled here
+            problem = Case("early", (700, 900), capacity=1000, dim=dim, num_splits=3).decoding(device, BF16)
+            q = problem.q.clone()
+            problem.q.zero_()
+            torch.cuda._sleep(self.SLEEP)
+            problem.q.copy_(q)
+            first = run_decode(problem)
+            assert same_bits(first, run_decode(problem)) and first[0].any()
+
+
 PUBLIC_CALLS = ["new keys", "a number", "rotary", "paged", "splits", "prefill", "decode alone", "options"]
 
 

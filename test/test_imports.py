@@ -64,15 +64,19 @@ FLOORS = {
     "integrations.flag_gems": Floor("checks schemas", outside="torch triton flag_gems"),
     "integrations.__init__": Floor(outside=""),
     "kernels.decode": Floor(
-        "kernels.arguments kernels.combine kernels.forward kernels.launch kernels.scores kernels.softmax kernels.splits"
-        " kernels.tiles device plan strides schemas",
+        "kernels.arguments kernels.combine kernels.early kernels.forward kernels.launch kernels.scores kernels.softmax"
+        " kernels.splits kernels.tiles device plan strides schemas",
         outside="torch triton",
     ),
     "kernels.combine": Floor(
-        "kernels.arguments kernels.launch kernels.scores kernels.softmax kernels.splits kernels.tiles plan strides",
+        "kernels.arguments kernels.early kernels.launch kernels.scores kernels.softmax kernels.splits kernels.tiles"
+        " plan strides",
         outside="torch triton",
     ),
-    "kernels.append": Floor("kernels.arguments kernels.launch kernels.rotary strides schemas", outside="torch triton"),
+    "kernels.append": Floor(
+        "kernels.arguments kernels.early kernels.launch kernels.rotary strides schemas", outside="torch triton"
+    ),
+    "kernels.early": Floor("device", outside="torch triton"),
     "kernels.forward": Floor(
         "kernels.arguments kernels.launch kernels.scores kernels.softmax kernels.tiles device plan strides schemas",
         outside="torch triton",

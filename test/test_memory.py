@@ -133,7 +133,7 @@ class TestLatest:
         """One call, the way there being quick."""
         remembers, args = Memory(FLATTEN), self.args(causal=True, softcap=2.5, window_left=1000)
         remembers.keep(signature_of(args), FLATTEN(*args), max)
-        assert ran(recall(remembers, args)) and len(remembers.latest) == 1
+        assert ran(recall(remembers, args)) and len(remembers.recent.latest) == 1
         remembers.runs.clear()
         assert ran(recall(remembers, args))
         return remembers
@@ -179,7 +179,7 @@ class TestLatest:
     def test_other_tensors(self, remembers, place, other):
         args = list(self.args(causal=True, softcap=2.5, window_left=1000))
         args[place] = other
-        assert not any(latest.is_like(tuple(args)) for latest in remembers.latest)
+        assert not any(latest.is_like(tuple(args)) for latest in remembers.recent.latest)
 
     def test_tensors_among_the_options(self):
         """Compared as tensors, wherever they lie; without any, what has names is always the same object."""
@@ -193,10 +193,10 @@ class TestLatest:
         assert ran(without) and without.skeleton == ((Variant(), ()),) and not without.options
         assert recall(remembers, self.args()).skeleton[0][0] is without.skeleton[0][0]
         for other in (torch.zeros(3), torch.zeros(2, dtype=torch.float64), torch.zeros(4)[::2], torch.zeros(3)[1:]):
-            assert not any(latest.is_like(self.args(sink=other)) for latest in remembers.latest)
-        assert not remembers.latest[1].is_like(self.args(sink=None))
-        assert not remembers.latest[1].is_like(self.args(alibi_slopes=torch.zeros(2)))
-        assert len(remembers.latest) == 2
+            assert not any(latest.is_like(self.args(sink=other)) for latest in remembers.recent.latest)
+        assert not remembers.recent.latest[1].is_like(self.args(sink=None))
+        assert not remembers.recent.latest[1].is_like(self.args(alibi_slopes=torch.zeros(2)))
+        assert len(remembers.recent.latest) == 2
 
     @pytest.mark.parametrize("one, other", [("abc", "aab"), ("aab", "abc"), ("aaa", "aab"), ("aba", "aaa")])
     def test_one_tensor_in_several_places(self, one, other):
@@ -207,18 +207,18 @@ class TestLatest:
         remembers.keep(signature_of(calls[0]), FLATTEN(*calls[0]), max)
         for args in (*calls, *calls):
             assert ran(recall(remembers, args))
-        assert len(remembers.latest) == 2
-        assert [latest.is_like(args) for latest, args in zip(remembers.latest, reversed(calls), strict=True)] == [
-            True
-        ] * 2
-        assert not remembers.latest[0].is_like(calls[0]) and not remembers.latest[1].is_like(calls[1])
+        assert len(remembers.recent.latest) == 2
+        assert [
+            latest.is_like(args) for latest, args in zip(remembers.recent.latest, reversed(calls), strict=True)
+        ] == [True] * 2
+        assert not remembers.recent.latest[0].is_like(calls[0]) and not remembers.recent.latest[1].is_like(calls[1])
 
     def test_another_class(self, remembers):
         class Other(torch.Tensor):
             pass
 
         q, *rest = self.args(causal=True, softcap=2.5, window_left=1000)
-        assert not remembers.latest[0].is_like((q.as_subclass(Other), *rest))
+        assert not remembers.recent.latest[0].is_like((q.as_subclass(Other), *rest))
 
     def test_keeps_the_latest_few_and_makes_each_once(self, monkeypatch):
         """In turn, more than are kept: found by their signature, and no guards are made again."""
@@ -230,7 +230,7 @@ class TestLatest:
             remembers.keep(signature_of(args), FLATTEN(*args), max)
         for _ in range(3):
             assert all(ran(recall(remembers, args)) for args in calls)
-        assert len(remembers.latest) == memory._MOST_LATEST and len(made) == len(calls)
+        assert len(remembers.recent.latest) == memory._MOST_LATEST and len(made) == len(calls)
 
     def test_what_a_signature_leaves_out_is_bounded_too(self):
         remembers, args = Memory(FLATTEN), self.args()
@@ -254,7 +254,7 @@ class TestLatest:
         try:
             torch.set_float32_matmul_precision("highest")
             remembers.keep(signature_of(args), FLATTEN(*args), max)
-            assert ran(recall(remembers, args)) and not remembers.latest
+            assert ran(recall(remembers, args)) and not remembers.recent.latest
             torch.set_float32_matmul_precision("high")
             assert recall(remembers, args) is None
         finally:
@@ -266,8 +266,8 @@ class TestLatest:
 
     def test_keeps_the_object_that_has_no_tensors(self, remembers):
         """Autograd hands the forward's options to the backward: the same object is not compared again."""
-        variant = remembers.latest[0].parts[0][1]
-        assert remembers.latest[0].skeleton == ((variant, ()),)
+        variant = remembers.recent.latest[0].parts[0][1]
+        assert remembers.recent.latest[0].skeleton == ((variant, ()),)
         args = self.args(causal=True, softcap=2.5, window_left=1000)
         found = recall(remembers, (*args[:3], variant))
         assert found.skeleton[0][0] is variant

@@ -178,7 +178,7 @@ def step():
     flash_attn_plus.flash_attn_func(q, q, q).sum().backward()
 for _ in range(3):
     step()
-assert library.memory_of("fwd").latest and library.memory_of("bwd").latest  # it went past the dispatcher
+assert library.memory_of("fwd").recent.latest and library.memory_of("bwd").recent.latest  # it went past the dispatcher
 flash_attn_plus.register_device("PrivateUse1")
 prepared = []
 for name in ("prepare_forward", "prepare_backward"):
@@ -311,7 +311,7 @@ raises(["XPU"], keys + "['XPU']")
 raises("CUDA", "dispatch_key: 'CUDA' is registered already")
 assert flash_attn_plus.register_device("PrivateUse1") is None
 raises("PrivateUse1", "dispatch_key: 'PrivateUse1' is registered already")
-for name in library.OPERATORS:
+for name in (name for name in library.OPERATORS if "flag_gems" not in name):  # these run anywhere as they are
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_attn_plus::{name}", "PrivateUse1")
 """,
     )

@@ -130,6 +130,10 @@ def _is_accelerator(device: torch.device) -> bool:
     return accelerator is not None and accelerator.type == device.type
 
 
+# Whether a CUDA graph is captured from the current stream.
+is_capturing = torch.cuda.is_current_stream_capturing if torch.version.cuda else lambda: False
+
+
 def quick_empty(device: torch.device):
     """(shape, strides, dtype) -> tensor on the current device of that type: what compiled graphs allocate with, at
     less than half the price of ``torch.empty_strided``. None where PyTorch has none.

@@ -12,6 +12,7 @@ Not seen: kernels that another library registers over this one's, and observers 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -19,7 +20,8 @@ import torch.autograd.profiler as profiler
 from torch import Tensor
 
 from . import autocast, autograd, checks_cache, library
-from .schemas import Variant, Varlen
+from .memory import Latest, can_guard
+from .schemas import Cache, New, Rotation, Variant, Varlen
 
 # Private names of PyTorch; test/test_eager.py fails when one goes.
 _DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
@@ -241,26 +243,144 @@ def check_step(append: tuple, decode: tuple) -> None:
         raise NotImplementedError("q: expected no tangent: flash_attn_plus::decode has no forward-mode gradient")
 
 
-def step(append: tuple | None, decode: tuple) -> tuple[Tensor, Tensor]:
-    """The operator ``append_kv`` where there are arguments for it, and ``decode``: both as library.parse gives them."""
+class Step(NamedTuple):
+    """The arguments of ``flash_attn_with_kvcache``, but for what it returns."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    cache_seqlens: int | Tensor | None
+    cache_batch_idx: Tensor | None
+    cache_leftpad: Tensor | None
+    block_table: Tensor | None
+    softmax_scale: float | None
+    causal: bool
+    window_size: Sequence[int]
+    softcap: float
+    rotary_interleaved: bool
+    alibi_slopes: Tensor | None
+    num_splits: int
+    sink: Tensor | None
+
+
+class _Ways(NamedTuple):
+    """What ran in place of the operators of a step, and what it was told that no tensor is."""
+
+    rotary: Callable | None
+    append_kv: Callable | None
+    decode: Callable
+    variant: Variant
+    num_splits: int
+
+
+_steps, _rotary = library.memory_of("decode").recent_callers, library.overload("rotary")
+
+
+def again(step: Step) -> tuple[Tensor, Tensor] | None:
+    """out, lse of a step like one that ran; None where there was none, or where someone has to see the operators.
+
+    For a step is three operators, and to check and describe the arguments of each takes longer than to launch them.
+    """
+    if torch.compiler.is_compiling() or _is_observed():
+        return None
+    latest = _steps.like(step)
+    if latest is None or (latest.records and torch.is_grad_enabled()):
+        return None
+    rotary, append_kv, decode, variant, num_splits = latest.run
+    q, k_cache, v_cache, k, v, cos, sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *_ = step
+    seqlen_new = 0
+    if append_kv is not None:
+        seqlen_new = k.shape[1]
+        new = New(cache_seqlens, cache_batch_idx, block_table, cos, sin, step.rotary_interleaved)
+        _rise((k_cache, v_cache))
+        append_kv(k_cache, v_cache, k, v, new)
+    if rotary is not None:
+        x, *rotation = _rotation(step, cache_seqlens, variant)
+        q = rotary(x, Rotation(*rotation)).view(q.shape)
+    cache = Cache(cache_seqlens, seqlen_new, cache_batch_idx, cache_leftpad, block_table)
+    return decode(q, k_cache, v_cache, cache, variant, num_splits)
+
+
+def _rise(caches: Sequence[Tensor]) -> None:
+    """The dispatcher's part in writing into them: inference tensors have no version."""
+    torch.autograd.graph.increment_version([x for x in caches if not x.is_inference()])
+
+
+def step(of_call: Step, append: tuple | None, decode: tuple) -> tuple[Tensor, Tensor]:
+    """The operator ``append_kv`` where there are arguments for it, ``rotary`` where there are tables, and ``decode``;
+    arguments as library.parse gives them.
+    """
     if torch.compiler.is_compiling():
         if append is not None:
             _append.cross(*append)
-        return _decode.cross(*decode)
+        return _decode.cross(*_with_rotated(of_call, decode))
     quick = not _is_observed()
     attend = _decode.recalled(decode) if quick else None
+    write = None
     if append is not None:
         write = _append.recalled(append) if quick and _may_write_into(append[:2]) else None
-        if attend is None or write is None:
+        # Tables that are wrong are told by their own names, not by those of ``rotary``.
+        if attend is None or write is None or of_call.rotary_cos is not None or of_call.rotary_sin is not None:
             check_step(append, decode)
-        if decode[0].is_cpu:
+        if _looks_at_lengths(decode[0]):
             checks_cache.values(decode[1], *decode[3])
         if write is None:
             _append.cross(*append)
         else:
-            torch.autograd.graph.increment_version([x for x in append[:2] if not x.is_inference()])
+            _rise(append[:2])
             write(*append)
-    return (attend or _decode.cross)(*decode)
+    decode = _with_rotated(of_call, decode)
+    if attend is None:
+        return _decode.cross(*decode)
+    if append is None or write is not None:
+        _keep(of_call, write, attend, decode)
+    return attend(*decode)
+
+
+def _looks_at_lengths(q: Tensor) -> bool:
+    """Whether lengths, and numbers of caches and pages, are checked in every call: they are on the host."""
+    return q.is_cpu
+
+
+def _with_rotated(of_call: Step, decode: tuple) -> tuple:
+    """The arguments of ``decode`` with rotated queries, where there are tables."""
+    if of_call.rotary_cos is None:
+        return decode
+    q, k_cache, v_cache, cache, variant, num_splits = decode
+    q = _rotary(*_rotation(of_call, cache.cache_seqlens, variant)).view(q.shape)
+    return q, k_cache, v_cache, cache, variant, num_splits
+
+
+def _rotation(step: Step, cache_seqlens: Tensor, variant: Variant) -> tuple:
+    """The arguments of ``rotary``: queries by the angles of their positions; where there is no mask, all by those of
+    the first one, as heads of one row are.
+    """
+    q, cos, sin = step.q, step.rotary_cos, step.rotary_sin
+    by_row = variant.causal or variant.window_left >= 0 or variant.window_right >= 0
+    rows = q if by_row or q.shape[1] <= 1 else q.flatten(1, 2).unsqueeze(1)
+    return rows, cos, sin, 0, cache_seqlens, None, None, step.rotary_interleaved
+
+
+def _keep(step: Step, write: Callable | None, attend: Callable, decode: tuple) -> None:
+    """For ``again``. Only where types, numbers and the layout of tensors decide everything: no lengths that were told
+    as a number, no numbers in tensors, no device where lengths are looked at.
+    """
+    q, _, _, cache, variant, num_splits = decode
+    if _looks_at_lengths(q) or not can_guard(q) or _any_autocast() or cache.cache_seqlens is not step.cache_seqlens:
+        return
+    numbers = step.softmax_scale, *step.window_size, step.num_splits
+    if any(isinstance(x, Tensor) for x in (*variant, *numbers)) or not isinstance(step.window_size, tuple):
+        return
+    rotary = None
+    if step.rotary_cos is not None:
+        rotary = library.recalled("rotary", library.bind("rotary", _rotation(step, cache.cache_seqlens, variant)))
+        if rotary is None:
+            return
+    _steps.add(Latest(step, _Ways(rotary, write, attend, variant, num_splits)))
 
 
 def _may_write_into(caches: Sequence[Tensor]) -> bool:

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager, library
+from . import eager
 from .interface import _length, _public, _variant
 from .schemas import Cache, New
-
-_rotary = library.overload("rotary")
 
 
 @_public
@@ -87,6 +85,31 @@ def flash_attn_with_kvcache(
             and what came. Lengths, and numbers of caches and pages, are looked at on a CPU only. Elsewhere, nothing
             outside of the caches is read or written whatever they are, and rows past the capacity are dropped.
     """
+    step = eager.Step(
+        *(
+            q,
+            k_cache,
+            v_cache,
+            k,
+            v,
+            rotary_cos,
+            rotary_sin,
+            cache_seqlens,
+            cache_batch_idx,
+            cache_leftpad,
+            block_table,
+        ),
+        *(softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits, sink),
+    )
+    result = eager.again(step)
+    out, lse = _first(step) if result is None else result
+    return (out, lse) if return_softmax_lse else out
+
+
+def _first(step: eager.Step) -> tuple[Tensor, Tensor]:
+    """What a step does when none like it ran before: its arguments, for the operators."""
+    q, k_cache, v_cache, k, v, cos, sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *options = step
+    softmax_scale, causal, window_size, softcap, interleaved, alibi_slopes, num_splits, sink = options
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         if value is not None or name not in ("k", "v"):
             _check_tensor(name, value)
@@ -100,20 +123,15 @@ def flash_attn_with_kvcache(
                 raise ValueError(f"{name}: expected a tensor beside new keys and values, got None")
         # They lose their history there; the caches have none.
         k, v = (x.detach() if x.requires_grad else x for x in (k, v))
-        new = New(cache_seqlens, cache_batch_idx, block_table, rotary_cos, rotary_sin, rotary_interleaved)
+        new = New(cache_seqlens, cache_batch_idx, block_table, cos, sin, interleaved)
         append, seqlen_new = (k_cache, v_cache, k, v, new), k.shape[1]
     num_splits = _length(num_splits)
     if isinstance(num_splits, int) and num_splits < 0:  # as 0, in flash-attn
         num_splits = 0
     cache = Cache(cache_seqlens, seqlen_new, cache_batch_idx, cache_leftpad, block_table)
-    if rotary_cos is not None or rotary_sin is not None:
-        if append is None:
-            raise ValueError("rotary_cos, rotary_sin: expected None without new keys (k, v), got a tensor")
-        eager.check_step(append, (q, k_cache, v_cache, cache, variant, num_splits))
-        by_row = causal or variant.window_left >= 0 or variant.window_right >= 0
-        q = _rotated(q, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved, by_row)
-    out, lse = eager.step(append, (q, k_cache, v_cache, cache, variant, num_splits))
-    return (out, lse) if return_softmax_lse else out
+    if append is None and (cos is not None or sin is not None):
+        raise ValueError("rotary_cos, rotary_sin: expected None without new keys (k, v), got a tensor")
+    return eager.step(step, append, (q, k_cache, v_cache, cache, variant, num_splits))
 
 
 def _check_tensor(name: str, value: Any) -> None:
@@ -138,9 +156,3 @@ def _lengths(length: Any, q: Tensor, k_cache: Tensor, k: Tensor | None, block_ta
             f"cache_seqlens: expected a length between 0 and {room} (the capacity) less {new} new keys, got {length}"
         )
     return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
-
-
-def _rotated(q: Tensor, cos: Tensor, sin: Tensor, cache_seqlens: Tensor, interleaved: bool, by_row: bool) -> Tensor:
-    """Queries by the angles of their positions; unless ``by_row``, all have the first one's, as heads of one row do."""
-    rows = q if by_row or q.shape[1] <= 1 else q.flatten(1, 2).unsqueeze(1)
-    return _rotary(rows, cos, sin, 0, cache_seqlens, None, None, interleaved).view(q.shape)

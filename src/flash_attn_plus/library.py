@@ -276,6 +276,17 @@ def memory_of(name: str) -> Memory:
     return _memories[name]
 
 
+def _signed(name: str) -> list[int]:
+    """The places of the arguments that make up the signature of a call."""
+    varying = _OPERATORS[name].varying
+    return [i for i, argument in enumerate(argument_names(name)) if argument not in varying]
+
+
+def recalled(name: str, args: tuple) -> Callable | None:
+    """What ran for a call like this one that came through the dispatcher. ``args`` are all of its arguments."""
+    return _memories[name].find(signature([args[i] for i in _signed(name)]))
+
+
 def _device_kernel(name: str, module: str) -> Callable:
     """The kernel of a dispatch key: arguments that differ from earlier ones in values alone skip what these passed.
 
@@ -284,8 +295,7 @@ def _device_kernel(name: str, module: str) -> Callable:
     taken for such arguments, and why.
     """
     parse, check, _, attribute, varying, check_varying, only = _OPERATORS[name]
-    memory = _memories[name]
-    signed = [i for i, argument in enumerate(argument_names(name)) if argument not in varying]
+    memory, signed = _memories[name], _signed(name)
 
     def prepared(structured: tuple) -> Callable:
         check(*structured)

@@ -52,13 +52,31 @@ class Found:
         self.run = run
 
 
+class Recent:
+    """The last few calls of a kind, the last one first."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[Latest, ...] = ()
+
+    def like(self, args: tuple) -> Latest | None:
+        for latest in self.latest:
+            if latest.is_like(args):
+                return latest
+        return None
+
+    def add(self, latest: Latest) -> None:
+        self.latest = (latest, *self.latest[: _MOST_LATEST - 1])
+
+
 class Memory:
     """What ran for calls of one operator. ``flatten`` makes all its arguments of structured ones (library.parse)."""
 
     def __init__(self, flatten: Callable) -> None:
         self.flatten = flatten
         self.runs: dict[tuple, Callable] = {}
-        self.latest: tuple[Latest, ...] = ()  # the last one first
+        self.recent = Recent()
+        # By what the caller in front of the operator was given (eager.py).
+        self.recent_callers = Recent()
         # Of each signature. There are few: to make one takes longer than to find what ran without it.
         self.guarded: dict[tuple, list[Latest]] = {}
 
@@ -78,10 +96,7 @@ class Memory:
         Its tensors had the same keys of the dispatcher, with those that this thread included and without those that it
         excluded: the same transforms, C++ tracers and autocasts were there, or none. Modes are not seen.
         """
-        for latest in self.latest:
-            if latest.is_like(structured):
-                return latest
-        return None
+        return self.recent.like(structured)
 
     def recall(self, structured: tuple) -> Found | None:
         """``find``, for callers in front of the dispatcher."""
@@ -89,7 +104,7 @@ class Memory:
         run = self.runs.get(of_call)
         if run is None:
             return None
-        if _GUARDS is None or structured[0].dtype is torch.float32:
+        if not can_guard(structured[0]):
             return Found(run)
         # Several of one signature differ in what it leaves out: who requires a gradient, autocast, one tensor twice.
         known = self.guarded.setdefault(of_call, [])
@@ -99,19 +114,24 @@ class Memory:
                 return Found(run)
             found = Latest(structured, run)
             known.append(found)
-        self.latest = (found, *self.latest[: _MOST_LATEST - 1])
+        self.recent.add(found)
         return found
 
     def clear(self) -> None:
         self.runs.clear()
         self.guarded.clear()
-        self.latest = ()
+        self.recent.latest = self.recent_callers.latest = ()
+
+
+def can_guard(x: Tensor) -> bool:
+    """Whether calls with such a tensor can be ``Latest``. Not float32, where a global setting counts too."""
+    return _GUARDS is not None and x.dtype is not torch.float32
 
 
 class Latest(Found):
-    """The arguments of a call, compared with those of others by what guards compiled graphs: dispatch keys (with those
-    that this thread includes and excludes), dtype, device, shape, strides and requires_grad of all tensors at once, in
-    C++. Not for float32, where a global setting counts too.
+    """The arguments of a call, some of which are structured, compared with those of others by what guards compiled
+    graphs: dispatch keys (with those that this thread includes and excludes), dtype, device, shape, strides and
+    requires_grad of all tensors at once, in C++.
     """
 
     __slots__ = ("again", "alignments", "guards", "options", "parts", "places", "records", "rest", "skeleton")
@@ -125,7 +145,7 @@ class Latest(Found):
         for i, x in enumerate(structured):
             if isinstance(x, Tensor):
                 at.append((i, None))
-            elif isinstance(x, tuple):
+            elif hasattr(x, "_fields"):
                 names = tuple([name for name, y in zip(x._fields, x, strict=True) if isinstance(y, Tensor)])
                 self.options += [(i, x._fields.index(name)) for name in names]
                 # The object itself where it can be: the next one is often the same.
@@ -152,7 +172,8 @@ class Latest(Found):
 
     def is_like(self, structured: tuple) -> bool:
         for i, x in self.rest:
-            if structured[i] is not x:
+            other = structured[i]
+            if other is not x and not _are_equal(other, x):
                 return False
         for i, part, has_tensors in self.parts:
             if structured[i] is not part and not _are_like(structured[i], part, has_tensors):
@@ -175,6 +196,13 @@ _GUARDS = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "
 def _at(structured: tuple, place: tuple[int, int | None]):
     i, j = place
     return structured[i] if j is None else structured[i][j]
+
+
+def _are_equal(x, y) -> bool:
+    """Equal values of equal types, in tuples too."""
+    if x.__class__ is not y.__class__ or x != y:
+        return False
+    return x.__class__ is not tuple or all(map(_are_equal, x, y))
 
 
 def _are_like(part: tuple, other: tuple, has_tensors: bool) -> bool:

@@ -304,6 +304,7 @@ class DecodePlan(NamedTuple):
 class DecodeRow(NamedTuple):
     split: DecodePlan  # where sequences are split among the processors
     whole: DecodePlan  # where there are enough of them without
+    split_pages: DecodePlan | None = None  # in place of ``split`` where pages have as many keys as its tiles
 
 
 def most_rows_of_decode(itemsize: int, head_dim: int) -> int:
@@ -322,11 +323,11 @@ DECODE: dict[str, dict[tuple[int, int], DecodeRow]] = {
     # (2, 128): measured on an H100 (docs/performance.md). The others were chosen to fit.
     "sm_90": {
         (2, 64): _decode_row((128, 4, 4, 1, 128), (128, 4, 3, 3, 128)),
-        (2, 128): _decode_row((128, 4, 3, 1, 128), (128, 4, 2, 3, 128)),
+        (2, 128): _decode_row((128, 4, 3, 1, 128), (128, 8, 3, 1, 128), (64, 4, 4, 1, 128)),
         (2, 256): _decode_row((64, 4, 3, 1, 128), (32, 4, 3, 2, 128)),
         (4, 64): _decode_row((32, 4, 3, 1, 128), (32, 4, 3, 3, 128)),
         (4, 128): _decode_row((16, 4, 3, 1, 128), (16, 4, 3, 3, 128)),
-        (4, 256): _decode_row((16, 4, 3, 1, 128), (16, 4, 2, 2, 128)),
+        (4, 256): _decode_row((16, 8, 3, 1, 128), (16, 8, 2, 2, 128)),
     },
     "sm_86": {
         (2, 64): _decode_row((128, 4, 3, 1, 128), (64, 4, 3, 2, 128)),
@@ -334,7 +335,7 @@ DECODE: dict[str, dict[tuple[int, int], DecodeRow]] = {
         (2, 256): _decode_row((32, 4, 3, 1, 128), (32, 4, 2, 2, 128)),
         (4, 64): _decode_row((32, 4, 2, 1, 128), (32, 4, 2, 2, 128)),
         (4, 128): _decode_row((16, 4, 2, 1, 128), (16, 4, 2, 2, 128)),
-        (4, 256): _decode_row((16, 4, 2, 1, 128), (16, 4, 2, 1, 128)),
+        (4, 256): _decode_row((16, 8, 2, 1, 128), (16, 8, 2, 1, 128)),
     },
     "gfx942": {
         (2, 64): _decode_row((64, 4, 1, 2, 128), (64, 4, 1, 4, 128)),

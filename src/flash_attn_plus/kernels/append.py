@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..schemas import New
 from ..strides import strides_of
-from . import arguments, rotary
+from . import arguments, early, rotary
 from .launch import Launch, Prepared
 
 
@@ -50,7 +50,9 @@ def append_kernel(
     BLOCK_REST: tl.constexpr,  # columns of k that are passed on at a time; 0: all are rotated
     BLOCK_V: tl.constexpr,  # columns of v at a time
     WIDE: tl.constexpr,  # columns of a row lie more than 2**31 elements apart
+    EARLY: tl.constexpr,  # see early.py
 ):
+    early.wait(EARLY)
     program = tl.program_id(0)
     head_blocks = tl.cdiv(heads, BLOCK_H)
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -126,6 +128,7 @@ class Append(Prepared):
         left = head_dim - 2 * half
         strides = tuple(strides_of(x, (0, 1, 2, 3)) for x in (k_cache, v_cache, k, v))
         tables = ((None, None), (None, None)) if cos is None else tuple(strides_of(x, (0, 1)) for x in new[3:5])
+        self.gathers = not arguments.all_contiguous(*new[:3])
         self.rest = (
             *(*strides, *tables, max_pages, rows, heads),
             *(k_cache.shape[1] * (max_pages or 1), k_cache.shape[0], 0 if cos is None else cos.shape[0]),
@@ -145,8 +148,9 @@ class Append(Prepared):
                 "BLOCK_REST": triton.next_power_of_2(left) if left else 0,
                 "BLOCK_V": triton.next_power_of_2(head_dim_v),
                 "WIDE": any(of_column * 2 * max(head_dim, head_dim_v) >= 2**31 for *_, of_column in strides),
+                "EARLY": early.allowed(self.device),
             },
-            options={"num_warps": 4, "num_stages": 1},
+            options={"num_warps": 4, "num_stages": 1, **early.options(self.device)},
         )
 
     def __call__(self, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, new: New) -> None:
@@ -155,6 +159,7 @@ class Append(Prepared):
         if self.empty:
             return None
         seqlens, batch_idx, table, cos, sin, _ = new
-        seqlens, batch_idx, table = map(arguments.contiguous, (seqlens, batch_idx, table))
+        if self.gathers:
+            seqlens, batch_idx, table = map(arguments.contiguous, (seqlens, batch_idx, table))
         self.launch((k_cache, v_cache, k, v, seqlens, batch_idx, table, cos, sin), self.rest)
         return None

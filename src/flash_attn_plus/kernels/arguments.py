@@ -152,6 +152,10 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def all_contiguous(*lists: Tensor | None) -> bool:
+    return all(x is None or x.is_contiguous() for x in lists)
+
+
 def _per_batch(tensor: Tensor | None) -> int | None:
     """Elements of (h,) or (b, h) from one sequence to the next."""
     return None if tensor is None else tensor.shape[1] if tensor.dim() == 2 else 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import plan
 from ..strides import contiguous_rows, has_contiguous_rows, strides_of
-from . import arguments, softmax, splits, tiles
+from . import arguments, early, softmax, splits, tiles
 from .launch import Launch, Prepared
 from .scores import Variant
 
@@ -23,17 +23,18 @@ def combine_kernel(
     out_ptr,  # (batch, seqlen, heads, DIM), contiguous
     lse_ptr,  # (batch, heads, seqlen), contiguous
     parts_ptr,
-    lse_parts_ptr,
+    lse_parts_ptr,  # None: parts have rows as below
     cache_seqlens_ptr,
     leftpad_ptr,
     strides,  # of parts: (part, batch, row, head)
-    strides_lse,  # of lse_parts: (part, batch, head, row)
+    strides_lse,  # of lse_parts: (part, batch, head, row); None: they are in the rows of parts
     batch,
     seqlen,
     heads,
     count,  # parts of every sequence; None: splits.py tells, and parts are numbered through all sequences
     keys,  # (capacity, seqlen_new, shares), for splits.py
     band,  # (diagonal, window_left, window_right)
+    UNIT: tl.constexpr,  # None: log-sum-exps and maxima are natural; 1.0: in base 2
     SHORTEST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -41,7 +42,9 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,  # heads of a program, one after the other
     BLOCK_P: tl.constexpr,  # parts at a time
+    EARLY: tl.constexpr,  # see early.py
 ):
+    early.wait(EARLY)
     program = tl.program_id(0)
     head_blocks = tl.cdiv(heads, BLOCK_H)
     first_head = program % head_blocks * BLOCK_H
@@ -53,18 +56,25 @@ def combine_kernel(
             *(batch, seqlen, keys[0], heads, None, None, None, cache_seqlens_ptr, leftpad_ptr, None, None, None, None),
             *(None, batch, None, keys[1]),
         )
-        first, count = splits.parts_of(index, keys[2], layout, Variant(*band), SHORTEST, BLOCK_N, ENTRIES)
+        variant = Variant(*band)
+        shares = splits.shared_out(layout, variant, keys[2], SHORTEST, BLOCK_N, ENTRIES)
+        first, count = splits.parts_of(index, shares, layout, variant, BLOCK_N)
         if count == 1:
             return  # written already
     parts_ptr += tl.cast(first, tl.int64) * strides[0] + tl.cast(index, tl.int64) * strides[1]
     parts_ptr += tl.cast(query, tl.int64) * strides[2]
-    lse_parts_ptr += tl.cast(first, tl.int64) * strides_lse[0] + tl.cast(index, tl.int64) * strides_lse[1]
-    lse_parts_ptr += tl.cast(query, tl.int64) * strides_lse[3]
+    if lse_parts_ptr is not None:
+        lse_parts_ptr += tl.cast(first, tl.int64) * strides_lse[0] + tl.cast(index, tl.int64) * strides_lse[1]
+        lse_parts_ptr += tl.cast(query, tl.int64) * strides_lse[3]
     for head in range(first_head, tl.minimum(first_head + BLOCK_H, heads)):
         of_head = tl.cast(head, tl.int64)
+        part_ptr = parts_ptr + of_head * strides[3]
+        if lse_parts_ptr is not None:
+            lse_ptrs, sums_ptr, stride_lse = lse_parts_ptr + of_head * strides_lse[2], None, strides_lse[0]
+        else:
+            lse_ptrs, sums_ptr, stride_lse = part_ptr + maximum_of_part(DIM), part_ptr + sum_of_part(DIM), strides[0]
         values, lse = _combined(
-            *(parts_ptr + of_head * strides[3], lse_parts_ptr + of_head * strides_lse[2], strides[0], strides_lse[0]),
-            *(count, DIM, BLOCK_D, BLOCK_P),
+            *(part_ptr, lse_ptrs, sums_ptr, strides[0], stride_lse, count, UNIT, DIM, BLOCK_D, BLOCK_P)
         )
         dims = tl.arange(0, BLOCK_D)
         out_ptrs = out_ptr + ((tl.cast(index, tl.int64) * seqlen + query) * heads + head) * DIM + dims
@@ -75,10 +85,12 @@ def combine_kernel(
 @triton.jit
 def _combined(
     parts_ptr,
-    lse_parts_ptr,
+    lse_parts_ptr,  # or their maxima
+    sums_ptr,  # of what was summed with these maxima subtracted; None: 1
     stride,
     stride_lse,
     count,
+    UNIT: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -91,26 +103,50 @@ def _combined(
         numbers = start + tl.arange(0, BLOCK_P)
         exist = numbers < count
         numbers = numbers.to(tl.int64)
-        # Both are on their way before either is waited for.
+        # All are on their way before any is waited for.
         lse = tl.load(lse_parts_ptr + numbers * stride_lse, mask=exist, other=float("-inf")).to(tl.float32)
         mask = exist[:, None] & (dims < DIM)[None, :]
         part = tl.load(parts_ptr + numbers[:, None] * stride + dims[None, :], mask=mask, other=0.0)
+        if sums_ptr is not None:
+            sums = tl.load(sums_ptr + numbers * stride_lse, mask=exist, other=0.0)
         # (1, BLOCK_P): scores of one query, whose values are the parts
-        weights, factor, maximum, total = softmax.update(lse[None, :], None, maximum, total, True)
+        weights, factor, maximum, of_weights = softmax.update(lse[None, :], UNIT, maximum, total, True)
         weights = tl.reshape(weights, [BLOCK_P])
-        # A part that saw nothing may hold anything.
-        part = tl.where((weights > 0.0)[:, None], part.to(tl.float32), 0.0)
-        summed = tl.sum(weights[:, None] * part, 0)
+        seen = weights > 0.0  # a part that saw nothing may hold anything
+        if sums_ptr is not None:
+            total = total * factor + tl.sum(tl.where(seen, weights * sums, 0.0), 0)
+        else:
+            total = of_weights
+        summed = tl.sum(weights[:, None] * tl.where(seen[:, None], part.to(tl.float32), 0.0), 0)
         values = values * tl.sum(factor, 0) + summed
-    factor, lse = softmax.finish(maximum, total, None)
+    factor, lse = softmax.finish(maximum, total, UNIT)
     return values * tl.sum(factor, 0), lse
+
+
+# A row of a part whose softmax is not finished (float32): its sum of values, its maximum, its sum of weights; padded
+# to 16 bytes.
+
+
+@triton.constexpr_function
+def row_of_part(dim: int) -> int:
+    return maximum_of_part(dim) + 4
+
+
+@triton.constexpr_function
+def maximum_of_part(dim: int) -> int:
+    return -(-dim // 4) * 4
+
+
+@triton.constexpr_function
+def sum_of_part(dim: int) -> int:
+    return maximum_of_part(dim) + 1
 
 
 _PROGRAMS = 1024  # enough to fill a device: more take several heads each
 _MOST_PARTS = 8192  # elements at a time
 
 
-def launch(rows: int, heads: int, dim: int, parts: int, **constants: int) -> Launch:
+def launch(on: torch.device, rows: int, heads: int, dim: int, parts: int, **constants: int) -> Launch:
     """The kernel for that many rows of all heads, and at most that many parts of each."""
     block_h = min(heads, max(1, triton.next_power_of_2(rows * heads // _PROGRAMS)))
     block_d = plan.block_dim(dim)
@@ -123,8 +159,9 @@ def launch(rows: int, heads: int, dim: int, parts: int, **constants: int) -> Lau
             "BLOCK_D": block_d,
             "BLOCK_H": block_h,
             "BLOCK_P": max(2, min(triton.next_power_of_2(parts), _MOST_PARTS // block_d)),
+            "EARLY": early.allowed(on),
         },
-        options={"num_warps": 4, "num_stages": 1},
+        options={"num_warps": 4, "num_stages": 1, **early.options(on)},
     )
 
 
@@ -154,7 +191,13 @@ class Combine(Prepared):
             strides_lse = (part, 0, head, row)
         nowhere = (None, None, None)
         self.rest = (strides, strides_lse, batch, seqlen, heads, out_partial.shape[0], nowhere, nowhere)
-        self.launch = launch(batch * seqlen, heads, dim, out_partial.shape[0], SHORTEST=0, BLOCK_N=1, ENTRIES=1)
+        self.launch = launch(
+            *(self.device, batch * seqlen, heads, dim, out_partial.shape[0]),
+            UNIT=None,
+            SHORTEST=0,
+            BLOCK_N=1,
+            ENTRIES=1,
+        )
 
     def __call__(self, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None):
         if self.current_index() != self.index:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import device, plan
 from ..schemas import Cache, Variant
 from ..strides import contiguous_rows, has_contiguous_rows
-from . import arguments, combine, scores, softmax, splits, tiles
+from . import arguments, combine, early, scores, softmax, splits, tiles
 from .forward import Forward
 from .launch import Launch, Prepared
 
@@ -34,8 +34,7 @@ def decode_kernel(
     v_ptr,
     out_ptr,  # contiguous
     lse_ptr,  # float32, contiguous
-    parts_ptr,  # float32 (slots, rows_q, heads, HEAD_DIM_V); None where no sequence is split
-    lse_parts_ptr,  # float32 (slots, heads, rows_q)
+    parts_ptr,  # float32 (slots, rows_q, heads, row of combine.py); None where no sequence is split
     cache_seqlens_ptr,
     cache_batch_ptr,
     leftpad_ptr,
@@ -69,7 +68,9 @@ def decode_kernel(
     ALIKE: tl.constexpr,  # k and v have the same strides
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    EARLY: tl.constexpr,  # see early.py
 ):
+    early.wait(EARLY)
     heads = heads_k * GROUP
     if ALIKE:  # offsets are then computed once
         strides_v = strides_k
@@ -84,26 +85,34 @@ def decode_kernel(
     first_row = program % row_tiles * BLOCK_M
     head_k = program // row_tiles % heads_k
     slot = program // row_tiles // heads_k
-    part = splits.part_of(slot, parts, shares, layout, variant, SHORTEST, BLOCK_N, ENTRIES)
-
     # Rows are the queries' heads: GROUP of one query, then GROUP of the next.
     rows = first_row + tl.arange(0, BLOCK_M)
     is_row = rows < rows_q * GROUP
     queries, heads_q = rows // GROUP, head_k * GROUP + rows % GROUP
-    to_lse = (heads_q * rows_q + queries).to(tl.int64)
+    # (BLOCK_M, BLOCK_D)
+    q_rows = queries.to(tl.int64) * strides_q[1] + heads_q.to(tl.int64) * strides_q[2]
+    q_ptrs = q_ptr + q_rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    if parts is not None:  # known before any length is: both are on their way together
+        q_ptrs += tl.cast(slot // parts, tl.int64) * strides_q[0]
+        q = tiles.load(q_ptrs, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
+    numbered = None
+    if parts is None:
+        numbered = splits.shared_out(layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES)
+    part = splits.part_of(slot, parts, numbered, layout, variant, BLOCK_N)
+    to_out = (queries * heads + heads_q).to(tl.int64)
+    if parts_ptr is not None:
+        parts_ptr += (tl.cast(slot, tl.int64) * rows_q * heads + to_out) * combine.row_of_part(HEAD_DIM_V)
     if not part.exists:
         if parts is not None and parts_ptr is not None:  # all of these are added up
-            to_lse += tl.cast(slot, tl.int64) * rows_q * heads
-            tl.store(lse_parts_ptr + to_lse, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_row)
+            nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            tl.store(parts_ptr + combine.maximum_of_part(HEAD_DIM_V), nothing, mask=is_row)
         return
     sequence = tiles.sequence_of(part.index, layout)
     # (BLOCK_M, 1): the slopes of each row
     head = scores.head_of(sequence, heads_q[:, None], heads, variant, None)
-    # (BLOCK_M, BLOCK_D)
-    q_ptr += tl.cast(sequence.batch, tl.int64) * strides_q[0]
-    q_rows = queries.to(tl.int64) * strides_q[1] + heads_q.to(tl.int64) * strides_q[2]
-    q_ptrs = q_ptr + q_rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
-    q = tiles.load(q_ptrs, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
+    if parts is None:
+        q_ptrs += tl.cast(sequence.batch, tl.int64) * strides_q[0]
+        q = tiles.load(q_ptrs, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
 
     k_ptr = tiles.head_start(k_ptr, sequence.key_batch, head_k, strides_k)
     v_ptr = tiles.head_start(v_ptr, sequence.key_batch, head_k, strides_v)
@@ -119,64 +128,51 @@ def decode_kernel(
         maximum = tl.where(part.number == 0, maximum, float("-inf"))
         total = tl.where(part.number == 0, total, 0.0)
     values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if block_table_ptr is not None:
-        page, row = _page(part.begin, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
+    if block_table_ptr is not None:  # three blocks ahead: the first keys wait for the table once, all together
+        pages_k = tiles.table_entries(part.begin, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
+        second = tiles.table_entries(part.begin + BLOCK_N, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
+        third = tiles.table_entries(part.begin + 2 * BLOCK_N, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
+        pages_k, second = tiles.pages_of(pages_k, layout), tl.maximum(second, 0)
     for start in tl.range(part.begin, part.end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         if block_table_ptr is None:
             k_ptrs = tiles.row_start(k_ptr, start, strides_k) + k_offsets
             v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
         else:
-            k_ptrs = _paged(k_ptr, page, row, strides_k, k_offsets, BLOCK_D)
-            v_ptrs = _paged(v_ptr, page, row, strides_v, v_offsets, BLOCK_DV)
-            # Of the next block: loads that wait for other loads of their turn are not pipelined.
-            page, row = _page(start + BLOCK_N, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
+            k_ptrs = tiles.paged_tile(k_ptr, pages_k, start, strides_k, k_offsets, PAGE_SIZE, BLOCK_N)
+            v_ptrs = tiles.paged_tile(v_ptr, pages_k, start, strides_v, v_offsets, PAGE_SIZE, BLOCK_N)
+            # Clamped on the way, one side in each turn: Triton starts no load early whose address was only passed on.
+            pages_k, second = tl.minimum(second, layout.num_pages - 1), tl.maximum(third, 0)
+            third = tiles.table_entries(start + 3 * BLOCK_N, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
         # (BLOCK_N, BLOCK_D)
         k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, True)
         # (BLOCK_M, BLOCK_N)
-        products = tl.dot(q, k.T, input_precision=PRECISION)
+        if BLOCK_D > 128 and q.dtype == tl.float32 and PRECISION == "ieee":
+            # Such a product is one chain of roundings, and so long a one errs several times as much as two.
+            q_halves, k_halves = tiles.halves(q), tiles.halves(k)
+            products = tl.dot(q_halves[0], k_halves[0].T, input_precision=PRECISION)
+            products = tiles.matmul_add(products, q_halves[1], k_halves[1].T, PRECISION)
+        else:
+            products = tl.dot(q, k.T, input_precision=PRECISION)
         s = scores.scale_and_cap(products, variant, q.dtype == tl.float32)
         s = scores.scores(s, first_row, start, sequence, head, variant, None, True, BLOCK_M, BLOCK_N, WIDE, GROUP=GROUP)
         weights, factor, maximum, total = softmax.update(s, variant.unit, maximum, total, True)
         # (BLOCK_N, BLOCK_DV)
         v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, True)
         values = tiles.matmul_add(values * factor[:, None], weights.to(v.dtype), v, PRECISION)
-    factor, lse = softmax.finish(maximum, total, variant.unit)
-    values *= factor[:, None]
 
-    to_out = (queries * heads + heads_q).to(tl.int64)
     dims = tl.arange(0, BLOCK_DV)
     mask = is_row[:, None] & (dims < HEAD_DIM_V)[None, :]
     if parts_ptr is None or (parts is None and part.count == 1):
-        to_out += tl.cast(sequence.batch, tl.int64) * rows_q * heads
-        to_lse += tl.cast(sequence.batch, tl.int64) * rows_q * heads
-        out_ptrs = out_ptr + to_out[:, None] * HEAD_DIM_V + dims[None, :]
-        tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(lse_ptr + to_lse, lse, mask=is_row)
-    else:
-        to_out += tl.cast(slot, tl.int64) * rows_q * heads
-        to_lse += tl.cast(slot, tl.int64) * rows_q * heads
-        tl.store(parts_ptr + to_out[:, None] * HEAD_DIM_V + dims[None, :], values, mask=mask)
-        tl.store(lse_parts_ptr + to_lse, lse, mask=is_row)
-
-
-@triton.jit
-def _page(start, end, sequence, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(page, row in it) of the keys of a block: of all of them, or of its first one where one page holds them."""
-    if PAGE_SIZE % BLOCK_N == 0:
-        return tiles.page_of(tl.minimum(start, end - 1), sequence, layout)
-    else:
-        return tiles.page_of(tl.minimum(start + tl.arange(0, BLOCK_N), end - 1), sequence, layout)
-
-
-@triton.jit
-def _paged(ptr, page, row, strides, offsets, BLOCK_D: tl.constexpr):
-    """Pointers to those keys; ``offsets`` are those of a tile."""
-    first = page * strides[0] + row * strides[1]
-    if page.type.is_block():
-        return ptr + (first[:, None] + tl.arange(0, BLOCK_D)[None, :])
-    else:
-        return ptr + first + offsets
+        factor, lse = softmax.finish(maximum, total, variant.unit)
+        first = tl.cast(sequence.batch, tl.int64) * rows_q * heads
+        out_ptrs = out_ptr + (first + to_out)[:, None] * HEAD_DIM_V + dims[None, :]
+        tl.store(out_ptrs, (values * factor[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(lse_ptr + first + heads_q * rows_q + queries, lse, mask=is_row)
+    else:  # as it is: a log-sum-exp would be rounded
+        tl.store(parts_ptr[:, None] + dims[None, :], values, mask=mask)
+        tl.store(parts_ptr + combine.maximum_of_part(HEAD_DIM_V), maximum, mask=is_row)
+        tl.store(parts_ptr + combine.sum_of_part(HEAD_DIM_V), total, mask=is_row)
 
 
 def prepare(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, variant: Variant, num_splits: int) -> Callable:
@@ -203,6 +199,7 @@ class Decode(Prepared):
         if self.empty:
             return
         self.copies = not all(map(has_contiguous_rows, (q, k_cache, v_cache)))
+        self.gathers = not arguments.all_contiguous(*cache[:1], *cache[2:])
         strides = tuple(arguments.strides(x) for x in (q, k_cache, v_cache))
         capacity, pages, page_size = arguments.room(k_cache, cache)
         self.paged = page_size is not None and capacity > 0
@@ -210,7 +207,7 @@ class Decode(Prepared):
         row = plan.decode(device.architecture(q.device), q.element_size(), max(head_dim, head_dim_v))
         if any(dim * q.element_size() % 16 for dim in (head_dim, head_dim_v)):
             # Not copied straight into shared memory: it takes registers.
-            row = plan.DecodeRow(*(tile._replace(BLOCK_N=min(tile.BLOCK_N, 32)) for tile in row))
+            row = plan.DecodeRow(*(tile and tile._replace(BLOCK_N=min(tile.BLOCK_N, 32)) for tile in row))
         block_m = min(
             max(16, triton.next_power_of_2(rows_q * group)),
             plan.most_rows_of_decode(q.element_size(), max(head_dim, head_dim_v)),
@@ -221,39 +218,41 @@ class Decode(Prepared):
         fit = row.split.programs * device.processors(q.device) // programs
         cut = plan.splits(row, fit, batch, capacity, num_splits, equal)
         chosen = row.whole if cut.parts == 1 else row.split
+        of_pages = row.split_pages
+        if chosen is row.split and of_pages is not None and self.paged and page_size == of_pages.BLOCK_N:
+            chosen = of_pages
         slots = cut.shares if cut.parts is None else batch * cut.parts
-        entries = min(max(16, triton.next_power_of_2(batch)), 256)  # lengths that are read at a time
+        entries = max(16, triton.next_power_of_2(batch)) if cut.parts is None else 16  # lengths that splits.py reads
 
-        self.parts = self.lse_parts = None
+        self.parts = None
+        of_call = self._variant(q, variant)
         if slots > batch:
-            self.parts = arguments.Result((slots, rows_q, heads, head_dim_v), torch.float32, q.device)
-            self.lse_parts = arguments.Result((slots, heads, rows_q), torch.float32, q.device)
-            of_row = heads * head_dim_v
-            # Slots, or parts of each sequence: (part, batch, row, head) of out, (part, batch, head, row) of lse.
-            of_batch = 0 if cut.parts is None else cut.parts * rows_q
+            of_head = combine.row_of_part(head_dim_v)
+            self.parts = arguments.Result((slots, rows_q, heads, of_head), torch.float32, q.device)
+            of_row = heads * of_head
+            of_part = rows_q * of_row
+            of_batch = 0 if cut.parts is None else cut.parts * of_part  # else slots are numbered through
             self.rest_of_combine = (
-                *(
-                    (rows_q * of_row, of_batch * of_row, of_row, head_dim_v),
-                    (rows_q * heads, of_batch * heads, rows_q, 1),
-                ),
-                *(batch, rows_q, heads, cut.parts, (capacity, cache.seqlen_new, cut.shares)),
-                self._variant(q, variant)[:3],
+                *((of_part, of_batch, of_row, of_head), None),
+                *(batch, rows_q, heads, cut.parts, (capacity, cache.seqlen_new, cut.shares), of_call[:3]),
             )
             most = cut.parts or min(cut.shares - batch + 1, -(-capacity // chosen.shortest))
             self.combine = combine.launch(
+                q.device,
                 batch * rows_q,
                 heads,
                 head_dim_v,
                 most,
+                UNIT=None if arguments.launched(q, variant).unit is None else 1.0,
                 SHORTEST=chosen.shortest,
                 BLOCK_N=chosen.BLOCK_N,
                 ENTRIES=entries,
             )
 
         self.head = (*strides, pages if self.paged else (None, None, None), k_cache.shape[0], heads_k, batch, rows_q)
-        self.head += (capacity, cache.seqlen_new, cut.parts, cut.shares)
+        self.head += (capacity, cache.seqlen_new, *cut)
         without_tensors = not any(isinstance(x, Tensor) for x in variant)
-        self.rest = (*self.head, *self._variant(q, variant)) if without_tensors else None
+        self.rest = (*self.head, *of_call) if without_tensors else None
         self.launch = Launch(
             decode_kernel,
             slots * programs,
@@ -271,8 +270,9 @@ class Decode(Prepared):
                 "ALIKE": strides[1] == strides[2],
                 "PRECISION": arguments.precision(q),
                 "WIDE": arguments.is_wide(variant, 0, *strides),
+                "EARLY": early.allowed(q.device),
             },
-            options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
+            options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, **early.options(q.device)},
         )
 
     @staticmethod
@@ -287,17 +287,18 @@ class Decode(Prepared):
             return self.elsewhere(q, k_cache, v_cache, cache, variant, num_splits)
         if self.empty:
             return tuple(arguments.empty(self.out, self.lse))
-        out, lse, parts, lse_parts = arguments.empty(self.out, self.lse, self.parts, self.lse_parts)
+        out, lse, parts = arguments.empty(self.out, self.lse, self.parts)
         if self.copies:
             q, k_cache, v_cache = map(contiguous_rows, (q, k_cache, v_cache))
         seqlens, _, batch_idx, leftpad, table = cache
         if not self.paged:
             table = None
-        seqlens, batch_idx, leftpad, table = map(arguments.contiguous, (seqlens, batch_idx, leftpad, table))
+        if self.gathers:
+            seqlens, batch_idx, leftpad, table = map(arguments.contiguous, (seqlens, batch_idx, leftpad, table))
         self.launch(
-            (q, k_cache, v_cache, out, lse, parts, lse_parts, seqlens, batch_idx, leftpad, table),
+            (q, k_cache, v_cache, out, lse, parts, seqlens, batch_idx, leftpad, table),
             self.rest or (*self.head, *self._variant(q, variant)),
         )
         if parts is not None:
-            self.combine((out, lse, parts, lse_parts, seqlens, leftpad), self.rest_of_combine)
+            self.combine((out, lse, parts, None, seqlens, leftpad), self.rest_of_combine)
         return out, lse

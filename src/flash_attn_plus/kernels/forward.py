@@ -42,6 +42,8 @@ def forward_kernel(
     window_right,
     variant,  # the rest of a Variant
     bias,
+    PAGE_SIZE: tl.constexpr,
+    ALIKE: tl.constexpr,  # k and v have the same strides
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -51,6 +53,8 @@ def forward_kernel(
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     WIDE: tl.constexpr,  # a tile spans more than 2**31 elements
 ):
+    if ALIKE:  # offsets are then computed once
+        strides_v = strides_k
     layout = tiles.Layout(batch, rows_q, rows_k, *layout)
     variant = scores.Variant(diagonal, window_left, window_right, *variant)
     sequence, head_q, first_row = tiles.query_tile(
@@ -80,6 +84,9 @@ def forward_kernel(
     k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
     v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
     bounds = scores.key_blocks(first_row, sequence, head, variant, BLOCK_M, BLOCK_N)
+    if layout.block_table_ptr is not None:
+        pages = tiles.table_entries(bounds[0], bounds[3], sequence, layout, PAGE_SIZE, BLOCK_N)
+        pages = tiles.pages_of(pages, layout)
     # Blocks at the left edge of the window, whole blocks, and those at the right edge or the end of the sequence: only
     # the whole ones (part 1) need no mask.
     for part in tl.static_range(3):
@@ -90,8 +97,10 @@ def forward_kernel(
                     k_ptrs = tiles.row_start(k_ptr, start, strides_k) + k_offsets
                     v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
                 else:
-                    k_ptrs = k_ptr + tiles.paged_offsets(columns, sequence, layout, strides_k, BLOCK_D)
-                    v_ptrs = v_ptr + tiles.paged_offsets(columns, sequence, layout, strides_v, BLOCK_DV)
+                    k_ptrs = tiles.paged_tile(k_ptr, pages, start, strides_k, k_offsets, PAGE_SIZE, BLOCK_N)
+                    v_ptrs = tiles.paged_tile(v_ptr, pages, start, strides_v, v_offsets, PAGE_SIZE, BLOCK_N)
+                    pages = tiles.table_entries(start + BLOCK_N, bounds[3], sequence, layout, PAGE_SIZE, BLOCK_N)
+                    pages = tiles.pages_of(pages, layout)
                 # (BLOCK_N, BLOCK_D)
                 k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, part != 1)
                 # (BLOCK_M, BLOCK_N)
@@ -158,6 +167,7 @@ class Forward(Prepared):
         self.rest = self.common.after(self.strides)
 
         chosen = plan.forward(arguments.problem(q, v, variant, varlen))
+        table = (varlen or cache).block_table if varlen or cache else None
         block_d, block_dv = plan.block_dims(head_dim, head_dim_v)
         if varlen is None:
             row_tiles = q.shape[0] * -(-q.shape[1] // chosen.BLOCK_M)
@@ -167,6 +177,8 @@ class Forward(Prepared):
             forward_kernel,
             row_tiles * heads,
             constants={
+                "PAGE_SIZE": None if table is None else max(1, k.shape[1]),
+                "ALIKE": table is not None and self.strides[1] == self.strides[2],
                 "HEAD_DIM": head_dim,
                 "HEAD_DIM_V": head_dim_v,
                 "BLOCK_M": chosen.BLOCK_M,

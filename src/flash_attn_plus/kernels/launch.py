@@ -37,6 +37,7 @@ class Launch:
         self.constants = tuple(constants.values())
         # Said, because a Triton release changed the default.
         self.options = {**options, "enable_fp_fusion": True}
+        self.early = options.get("launch_pdl", False)  # early.py
         self.compiled, self.run, self.stream_of, self.direct = None, None, None, None
 
     def __call__(self, tensors: tuple[Tensor | None, ...], rest: tuple) -> None:
@@ -44,6 +45,8 @@ class Launch:
         be the current one.
         """
         direct = self.direct
+        if self.early and device.is_capturing():
+            direct = None  # it cannot ask for an early start
         if direct is not None and hasattr(_thread, "has_context") and not _is_watched():
             direct(tensors, rest, self.stream_of(tensors[0].get_device()))
         elif self.run is None:
@@ -85,7 +88,7 @@ class Direct:
 
     def __init__(self, launcher: Callable, compiled, programs: int, tensors: tuple, rest: tuple) -> None:
         metadata = compiled.metadata
-        if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
+        if metadata.num_ctas != 1 or metadata.launch_cooperative_grid:
             raise NotImplementedError("a kernel that needs more than a grid")
         scratch = [getattr(metadata, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
         if any(scratch):

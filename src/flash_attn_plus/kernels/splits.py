@@ -28,6 +28,13 @@ class Part(NamedTuple):
     exists: tl.tensor
 
 
+class Shares(NamedTuple):
+    """How slots are numbered through the sequences."""
+
+    longest: tl.tensor  # the most blocks of keys of a part
+    slots: tl.tensor  # (ENTRIES,): of each sequence
+
+
 @triton.jit
 def _span(index, exist, layout, variant, BLOCK_N: tl.constexpr):
     """The keys that any query of a sequence sees: (first, end). The first is a multiple of BLOCK_N.
@@ -47,33 +54,24 @@ def _span(index, exist, layout, variant, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _blocks_of(base, layout, variant, BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr):
-    """Blocks of keys that each of some sequences has: 0 for those that are none."""
-    index = base + tl.arange(0, ENTRIES)
+def _blocks(layout, variant, BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr):
+    """(blocks of keys that each sequence has, which of the ENTRIES are sequences)."""
+    index = tl.arange(0, ENTRIES)
     exist = index < layout.batch
     first, end = _span(index, exist, layout, variant, BLOCK_N)
     return tl.where(exist, tl.cdiv(end - first, BLOCK_N), 0), exist
 
 
 @triton.jit
-def _longest(layout, variant, shares, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr):
-    """The most blocks of a part."""
-    total = tl.zeros([ENTRIES], tl.int64)
-    for base in range(0, layout.batch, ENTRIES):
-        blocks, _ = _blocks_of(base, layout, variant, BLOCK_N, ENTRIES)
-        total += blocks
-    total = tl.sum(total, 0)
+def _longest(blocks, exist, batch, shares, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The most blocks of a part, so that all parts find a slot."""
+    total = tl.sum(blocks.to(tl.int64), 0)
     least = tl.maximum(tl.cdiv(total, shares).to(tl.int32), SHORTEST // BLOCK_N)
-    enough = tl.maximum(tl.cdiv(total, shares - layout.batch).to(tl.int32), least)
+    enough = tl.maximum(tl.cdiv(total, shares - batch).to(tl.int32), least)
     # (_TRIED,), and as many slots as each makes
     tried = least + tl.cdiv(least * tl.arange(0, _TRIED), _TRIED)
-    slots = tl.zeros([_TRIED], tl.int64)
-    for base in range(0, layout.batch, ENTRIES):
-        blocks, exist = _blocks_of(base, layout, variant, BLOCK_N, ENTRIES)
-        slots += tl.sum(
-            tl.where(exist[None, :], tl.maximum(tl.cdiv(blocks[None, :], tried[:, None]), 1), 0).to(tl.int64), 1
-        )
-    fits = tl.where(slots <= shares, tried, enough)
+    slots = tl.where(exist[None, :], _slots(blocks[None, :], tried[:, None]), 0)
+    fits = tl.where(tl.sum(slots.to(tl.int64), 1) <= shares, tried, enough)
     return tl.min(fits, 0)
 
 
@@ -100,33 +98,36 @@ def _part_of_sequence(index, number, longest, layout, variant, BLOCK_N: tl.const
 
 
 @triton.jit
-def part_of(slot, parts, shares, layout, variant, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr):
-    """The part that a slot computes, if any."""
+def shared_out(
+    layout,
+    variant,
+    shares,
+    SHORTEST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    blocks, exist = _blocks(layout, variant, BLOCK_N, ENTRIES)
+    longest = _longest(blocks, exist, layout.batch, shares, SHORTEST, BLOCK_N)
+    return Shares(longest, tl.where(exist, _slots(blocks, longest), 0))
+
+
+@triton.jit
+def part_of(slot, parts, shares, layout, variant, BLOCK_N: tl.constexpr):
+    """The part that a slot computes, if any. ``shares``: of ``shared_out``, where sequences have not equally many."""
     if parts is not None:
         return _cut(slot // parts, slot % parts, parts, layout, variant, BLOCK_N)
     else:
-        longest = _longest(layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES)
-        before, sequence, start = slot * 0, slot * 0, slot * 0
-        for base in range(0, layout.batch, ENTRIES):
-            blocks, exist = _blocks_of(base, layout, variant, BLOCK_N, ENTRIES)
-            slots = tl.where(exist, _slots(blocks, longest), 0)
-            passed = exist & (before + tl.cumsum(slots, 0) <= slot)
-            before += tl.sum(slots, 0)
-            sequence += tl.sum(passed.to(tl.int32), 0)
-            start += tl.sum(tl.where(passed, slots, 0), 0)
+        passed = tl.cumsum(shares.slots, 0) <= slot  # those that are no sequences, too, if slot is none
+        sequence, start = tl.sum(passed.to(tl.int32), 0), tl.sum(tl.where(passed, shares.slots, 0), 0)
         exists = sequence < layout.batch
         sequence = tl.minimum(sequence, layout.batch - 1)
-        part = _part_of_sequence(sequence, slot - start, longest, layout, variant, BLOCK_N)
+        part = _part_of_sequence(sequence, slot - start, shares.longest, layout, variant, BLOCK_N)
         return Part(part.index, part.number, part.count, part.begin, part.end, exists & part.exists)
 
 
 @triton.jit
-def parts_of(sequence, shares, layout, variant, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr):
+def parts_of(sequence, shares, layout, variant, BLOCK_N: tl.constexpr):
     """(first slot, parts) of a sequence, where slots are numbered through."""
-    longest = _longest(layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES)
-    first = sequence * 0
-    for base in range(0, sequence, ENTRIES):
-        blocks, _ = _blocks_of(base, layout, variant, BLOCK_N, ENTRIES)
-        earlier = base + tl.arange(0, ENTRIES) < sequence
-        first += tl.sum(tl.where(earlier, _slots(blocks, longest), 0), 0)
-    return first, _part_of_sequence(sequence, 0, longest, layout, variant, BLOCK_N).count
+    earlier = tl.arange(0, shares.slots.shape[0]) < sequence
+    first = tl.sum(tl.where(earlier, shares.slots, 0), 0)
+    return first, _part_of_sequence(sequence, 0, shares.longest, layout, variant, BLOCK_N).count

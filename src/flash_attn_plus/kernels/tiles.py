@@ -269,21 +269,37 @@ def tile_offsets(strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
-def page_of(column, sequence, layout):
-    """(page, row in it) of a key, or of a block of them. For a page number outside of the pool, a page inside."""
+def table_entries(start, end, sequence, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What the table holds for a block of keys: one entry where a page holds whole blocks, else that of each key.
+    Behind ``end``: that of the last key before it, or 0 where there is none, for which there may be no table.
+
+    To be read at least one turn of a loop before ``pages_of`` is used in it: Triton starts no load early whose address
+    waits for another load of its turn.
+    """
+    if PAGE_SIZE % BLOCK_N != 0:
+        start += tl.arange(0, BLOCK_N)
+    column = tl.maximum(tl.minimum(start, end - 1), 0)
     table_ptr = layout.block_table_ptr + sequence.index.to(tl.int64) * layout.stride_table
-    column = tl.maximum(column, 0)
-    page = tl.load(table_ptr + tl.minimum(column // layout.page_size, layout.max_pages - 1))
-    page = tl.cast(clamp(page, 0, layout.num_pages - 1), tl.int64)
-    return page, tl.cast(column % layout.page_size, tl.int64)
+    entry = tl.minimum(column // PAGE_SIZE, layout.max_pages - 1)
+    return tl.load(table_ptr + entry, mask=column < end, other=0)
 
 
 @triton.jit
-def paged_offsets(columns, sequence, layout, strides, BLOCK_D: tl.constexpr):
-    """(columns, BLOCK_D) offsets of keys from their head."""
-    page, row = page_of(columns, sequence, layout)
-    offsets = page * strides[0] + row * strides[1]
-    return offsets[:, None] + tl.arange(0, BLOCK_D)[None, :]
+def pages_of(entries, layout):
+    """Pages: for a number outside of the pool, one inside."""
+    return clamp(entries, 0, layout.num_pages - 1)
+
+
+@triton.jit
+def paged_tile(ptr, pages, start, strides, offsets, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers (BLOCK_N, columns) to a block of keys in those pages; ``offsets`` are those of a tile."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        row = tl.cast(start % PAGE_SIZE, tl.int64)
+        return ptr + (tl.cast(pages, tl.int64) * strides[0] + row * strides[1]) + offsets
+    else:
+        rows = ((start + tl.arange(0, BLOCK_N)) % PAGE_SIZE).to(tl.int64)
+        first = pages.to(tl.int64) * strides[0] + rows * strides[1]
+        return ptr + (first[:, None] + tl.arange(0, offsets.shape[1])[None, :])
 
 
 @triton.jit
@@ -295,6 +311,14 @@ def matmul_add(total, a, b, PRECISION: tl.constexpr):
         return tl.fma(total, tl.full(total.shape, 1.0, tl.float32), tl.dot(a, b, input_precision=PRECISION))
     else:
         return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def halves(x):
+    """(rows, columns) -> the first and the last half of the columns."""
+    rows: tl.constexpr = x.shape[0]
+    half: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, [rows, 2, half]), (0, 2, 1)))
 
 
 @triton.jit

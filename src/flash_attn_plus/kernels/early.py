@@ -1,0 +1,38 @@
+"""Kernels that a CUDA graph starts before the kernel in front of them has ended.
+
+A decoding step is a few kernels of some microseconds, and starting each takes about one of them. With NVIDIA's
+programmatic dependent launch (from Hopper on) a kernel's programs are placed while the last ones of the kernel before
+it still run; they wait there, and touch no memory until all of it has ended. CUDA C++ Programming Guide, "Programmatic
+Dependent Launch and Synchronization".
+
+Only while a graph is captured: the launch that asks for it takes the host longer than an ordinary one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from .. import device
+
+
+def allowed(on: torch.device) -> bool:
+    arch = device.architecture(on)
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
+def options(on: torch.device) -> dict[str, bool]:
+    """Of a launch (launch.py)."""
+    return {"launch_pdl": True} if allowed(on) else {}
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """Until the kernel in front has ended: what a kernel does first, in every program. As every program waits, the end
+    of a kernel is also that of all kernels before it, and the next one may be placed at once.
+    """
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
