@@ -1,9 +1,9 @@
 """Runs the kernels without a GPU, in Triton's interpreter, and makes that compute bfloat16 as a GPU does.
 
 The interpreter holds bfloat16 as 16-bit integers, and computes on them as if they were numbers. Here operands become
-float32, and results are rounded to nearest even. It also lets a one-element array bound a loop, which NumPy 2.4 no
-longer does by itself for Triton 3.6. And functions that a kernel calls do not patch all of triton.language again, which
-took half of the time.
+float32, and results are rounded to nearest even. The larger of a number and NaN is the number, as in hardware. It also
+lets a one-element array bound a loop, which NumPy 2.4 no longer does by itself for Triton 3.6. And functions that a
+kernel calls do not patch all of triton.language again, which took half of the time.
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ def install() -> None:
     def get_np_dtype(dtype):
         return np.dtype(np.uint64) if isinstance(dtype.scalar, tl.pointer_type) else of_number(dtype.scalar)
 
+    _Builder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
+    _Builder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
     _Builder.cast_impl, _Builder.create_dot = cast_impl, create_dot
     _Builder.binary_op, _Builder.unary_op = binary_op, unary_op
     interpreter._patch_lang_tensor, interpreter._patch_lang = patch_lang_tensor, patch_lang_once

@@ -453,6 +453,28 @@ class TestCombine:
             self.check("far", out, (lse + shift).clamp(max=3.4e38))
 
 
+class TestNotANumber:
+    """What is not a number stays visible, however the keys are split."""
+
+    @pytest.mark.parametrize("num_splits", [1, 3])
+    @pytest.mark.parametrize("where", ["q", "a key", "the keys of a part", "all keys", "infinite keys", "a value"])
+    def test_is_seen(self, where: str, num_splits: int, device: str, tiles) -> None:
+        tiles(TILES[0])
+        case = Case("nan", (90, 41), capacity=96, heads=2, heads_k=1, dim=16, num_splits=num_splits)
+        problem = case.decoding(device)
+        part = {"a key": slice(40, 41), "the keys of a part": slice(0, 32)}.get(where, slice(0, 90))
+        if where == "q":
+            problem.q[0] = NAN
+        elif where == "a value":
+            problem.v_cache[0, 40] = NAN
+        else:
+            problem.k_cache[0, part] = torch.inf if where == "infinite keys" else NAN
+        out, lse = interpreted(problem)
+        assert out[0].isnan().all()
+        assert lse[0].isnan().all() == (where != "a value")
+        assert out[1].isfinite().all() and lse[1].isfinite().all()
+
+
 class TestSplits:
     """How keys are given out: every key once, whatever the lengths and the tiles are."""
 

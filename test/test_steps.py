@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_plus import eager, flash_attn_with_kvcache, kvcache, library
+from flash_attn_plus import cpu, eager, flash_attn_with_kvcache, gpu, kvcache, library
 
 CAPACITY, BATCH, HEADS_K, DIM = 32, 2, 2, 16
 
@@ -53,6 +54,18 @@ def problem(device: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16, que
         "v": make(BATCH, new, HEADS_K, DIM),
         "cache_seqlens": lengths,
     }
+
+
+@pytest.fixture
+def kernels(device: str, monkeypatch) -> None:
+    """The Triton kernels, on a CPU too: they are made for one layout, which plain PyTorch forgives."""
+    if device == "cpu":
+        import interpreter
+
+        interpreter.install()
+        monkeypatch.setattr(gpu, "why_row_blocks", lambda q: None)
+        for name in ("append_kv", "decode", "rotary"):
+            monkeypatch.setattr(cpu, f"prepare_{name}", getattr(gpu, f"prepare_{name}"), raising=False)
 
 
 def numbers(*values: int) -> Callable[[str], Tensor]:
@@ -122,6 +135,72 @@ def test_a_step_like_an_earlier_one(kind: str, device: str, first, monkeypatch) 
         for result, other in zip(run(step), right, strict=True):
             assert torch.equal(result, other)
         assert not first
+
+
+def in_a_wider_one(x: Tensor) -> Tensor:
+    """The same numbers, whose rows lie apart."""
+    return torch.cat([x, torch.full_like(x, float("nan"))], -1)[..., : x.shape[-1]]
+
+
+def misaligned(x: Tensor) -> Tensor:
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)
+
+
+@pytest.mark.parametrize("place", [in_a_wider_one, misaligned])
+def test_rotated_queries_lie_elsewhere(place, device: str, kernels, first, monkeypatch) -> None:
+    """The kernel that runs is that for the rotated ones, which are a new tensor."""
+
+    def laid_out(step: dict) -> dict:
+        return {**step, "q": place(step["q"])}
+
+    for seed in range(3):
+        run(laid_out(problem(device, seed)))
+    for seed in range(5):
+        step = laid_out(rotated(problem(device, seed)))
+        right = run({**rotated(problem(device, seed))})
+        first.clear()
+        for result, other in zip(run(step), right, strict=True):
+            assert torch.equal(result, other) and result.isfinite().all()
+    assert not first  # it is remembered, too
+
+
+def test_inference_tensors_outside(device: str, kernels, first) -> None:
+    """To guards, they look like the tensors of a step in inference mode."""
+    step = problem(device)
+    with torch.inference_mode():
+        remembered(step, first)
+        other = problem(device, 1)
+    before = other["k_cache"].clone()
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        run(other)
+    assert torch.equal(other["k_cache"], before)
+
+
+def test_gradients_of_keys_fill_no_memory(device: str, first) -> None:
+    remembered(problem(device), first)
+    for _ in range(5):
+        step = problem(device, queries=2, new=2)
+        step["k"].requires_grad_()
+        run(step)
+    first.clear()
+    run(problem(device))
+    assert not first and len(library.memory_of("decode").recent_callers.latest) == 1
+
+
+def test_too_many_positions_are_told_before_anything_is_written(device: str) -> None:
+    step = problem(device)
+    before = step["k_cache"].clone()
+    table = torch.ones(1, DIM // 2, dtype=torch.bfloat16, device=device).expand(2**31, -1)
+    with pytest.raises((ValueError, NotImplementedError)):
+        run({**step, "rotary_cos": table, "rotary_sin": table})
+    assert torch.equal(step["k_cache"], before)
+
+
+def test_windows_that_are_no_plain_tuples(device: str, first) -> None:
+    window = NamedTuple("Window", [("left", int), ("right", int)])(3, 0)
+    for seed in range(4):
+        run({**problem(device, seed), "window_size": window})
+    assert len(first) == 4
 
 
 def remembered(step: dict, first: list[str]) -> None:

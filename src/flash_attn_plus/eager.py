@@ -281,7 +281,7 @@ _steps, _rotary = library.memory_of("decode").recent_callers, library.overload("
 
 
 def again(step: Step) -> tuple[Tensor, Tensor] | None:
-    """out, lse of a step like one that ran; None where there was none, or where someone has to see the operators.
+    """out, lse of a step like one that was kept; None where there is none, or where someone has to see the operators.
 
     For a step is three operators, and to check and describe the arguments of each takes longer than to launch them.
     """
@@ -292,15 +292,18 @@ def again(step: Step) -> tuple[Tensor, Tensor] | None:
         return None
     rotary, append_kv, decode, variant, num_splits = latest.run
     q, k_cache, v_cache, k, v, cos, sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *_ = step
+    # Inference tensors look like others where the thread excludes autograd.
+    if append_kv is not None and not _may_write_into((k_cache, v_cache)):
+        return None
+    if rotary is not None:
+        x, *rotation = _rotation(step, cache_seqlens, variant)
+        q = rotary(x, Rotation(*rotation)).view(q.shape)
     seqlen_new = 0
     if append_kv is not None:
         seqlen_new = k.shape[1]
         new = New(cache_seqlens, cache_batch_idx, block_table, cos, sin, step.rotary_interleaved)
         _rise((k_cache, v_cache))
         append_kv(k_cache, v_cache, k, v, new)
-    if rotary is not None:
-        x, *rotation = _rotation(step, cache_seqlens, variant)
-        q = rotary(x, Rotation(*rotation)).view(q.shape)
     cache = Cache(cache_seqlens, seqlen_new, cache_batch_idx, cache_leftpad, block_table)
     return decode(q, k_cache, v_cache, cache, variant, num_splits)
 
@@ -314,17 +317,21 @@ def step(of_call: Step, append: tuple | None, decode: tuple) -> tuple[Tensor, Te
     """The operator ``append_kv`` where there are arguments for it, ``rotary`` where there are tables, and ``decode``;
     arguments as library.parse gives them.
     """
+    # Tables that are wrong are told by their own names, not by those of ``rotary``.
+    checked = of_call.rotary_cos is not None or of_call.rotary_sin is not None
+    if checked:
+        check_step(append, decode)
+        decode = _with_rotated(of_call, decode)  # before anything is looked up by its layout
     if torch.compiler.is_compiling():
         if append is not None:
             _append.cross(*append)
-        return _decode.cross(*_with_rotated(of_call, decode))
+        return _decode.cross(*decode)
     quick = not _is_observed()
     attend = _decode.recalled(decode) if quick else None
     write = None
     if append is not None:
         write = _append.recalled(append) if quick and _may_write_into(append[:2]) else None
-        # Tables that are wrong are told by their own names, not by those of ``rotary``.
-        if attend is None or write is None or of_call.rotary_cos is not None or of_call.rotary_sin is not None:
+        if not checked and (attend is None or write is None):
             check_step(append, decode)
         if _looks_at_lengths(decode[0]):
             checks_cache.values(decode[1], *decode[3])
@@ -333,7 +340,6 @@ def step(of_call: Step, append: tuple | None, decode: tuple) -> tuple[Tensor, Te
         else:
             _rise(append[:2])
             write(*append)
-    decode = _with_rotated(of_call, decode)
     if attend is None:
         return _decode.cross(*decode)
     if append is None or write is not None:
@@ -373,14 +379,16 @@ def _keep(step: Step, write: Callable | None, attend: Callable, decode: tuple) -
     if _looks_at_lengths(q) or not can_guard(q) or _any_autocast() or cache.cache_seqlens is not step.cache_seqlens:
         return
     numbers = step.softmax_scale, *step.window_size, step.num_splits
-    if any(isinstance(x, Tensor) for x in (*variant, *numbers)) or not isinstance(step.window_size, tuple):
+    if any(isinstance(x, Tensor) for x in (*variant, *numbers)) or step.window_size.__class__ is not tuple:
         return
     rotary = None
     if step.rotary_cos is not None:
         rotary = library.recalled("rotary", library.bind("rotary", _rotation(step, cache.cache_seqlens, variant)))
         if rotary is None:
             return
-    _steps.add(Latest(step, _Ways(rotary, write, attend, variant, num_splits)))
+    latest = Latest(step, _Ways(rotary, write, attend, variant, num_splits))
+    if not (latest.records and torch.is_grad_enabled()):  # else ``again`` would not take it
+        _steps.add(latest)
 
 
 def _may_write_into(caches: Sequence[Tensor]) -> bool:

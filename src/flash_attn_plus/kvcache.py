@@ -107,7 +107,7 @@ def flash_attn_with_kvcache(
 
 
 def _first(step: eager.Step) -> tuple[Tensor, Tensor]:
-    """What a step does when none like it ran before: its arguments, for the operators."""
+    """What a step does when none like it was kept: its arguments, for the operators."""
     q, k_cache, v_cache, k, v, cos, sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *options = step
     softmax_scale, causal, window_size, softcap, interleaved, alibi_slopes, num_splits, sink = options
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):

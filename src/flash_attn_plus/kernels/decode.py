@@ -170,6 +170,7 @@ def decode_kernel(
         tl.store(out_ptrs, (values * factor[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(lse_ptr + first + heads_q * rows_q + queries, lse, mask=is_row)
     else:  # as it is: a log-sum-exp would be rounded
+        maximum = tl.where(total == total, maximum, float("nan"))  # which the maximum of NaN scores is not
         tl.store(parts_ptr[:, None] + dims[None, :], values, mask=mask)
         tl.store(parts_ptr + combine.maximum_of_part(HEAD_DIM_V), maximum, mask=is_row)
         tl.store(parts_ptr + combine.sum_of_part(HEAD_DIM_V), total, mask=is_row)
