@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -47,12 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     options = parser.parse_args(argv)
 
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        parser.error(f"argument --json: expected a file in a folder that exists, got {str(options.json)!r}")
+    checks = _checks(options.dtype or [*_DTYPES], options.only)
+    for text in options.only or ():
+        if not text or not any(text in check.name for check in checks):
+            parser.error(f"argument --only: expected a part of a row's name, got {text!r}")
+    try:  # now, and not when the table is there
+        file = None if options.json is None else options.json.open("w", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        said = diagnosis.said(error)
+        parser.error(f"argument --json: expected a file to write, got {str(options.json)!r}: {said}")
+    with contextlib.nullcontext() if file is None else file:
+        on = _prepared(parser, options)
+        return _table(checks, on, file)
+
+
+def _prepared(parser: argparse.ArgumentParser, options: argparse.Namespace) -> torch.device:
+    """The device, with its modules imported and its key registered."""
     for name in options.modules:
         try:
             importlib.import_module(name)
-        except Exception as error:  # a vendor's package raises anything
+        except (Exception, SystemExit) as error:  # a vendor's package raises anything
             parser.error(f"argument --import: expected a module, got {name!r}, which raised {diagnosis.said(error)}")
     if options.register is not None:
         try:
@@ -63,26 +77,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         on = _device(options.device)
     except Exception as error:  # of a driver that is broken too
         parser.error(f"argument --device: expected a device, got {options.device!r}: {diagnosis.said(error)}")
-    checks = _checks(options.dtype or [*_DTYPES], options.only)
-    if not checks:
-        parser.error(f"argument --only: expected a part of a row's name, got {', '.join(options.only)}")
+    if options.register is not None and options.device is None and on.type == "cpu":
+        parser.error(f"argument --register: expected a device of {options.register}, and PyTorch finds none: --device?")
+    return on
 
+
+def _table(checks: Sequence[conformance_cases.AnyCheck], on: torch.device, file: TextIO | None) -> int:
     report = _facts(on)
     for line in _head(report):
         print(line)
     start = time.perf_counter()
-    for check in checks:
-        with contextlib.redirect_stdout(sys.stderr):  # what others print is not part of the table
-            row = _run(check, on)
-        report["rows"].append(row)
-        print(_line(row), flush=True)
-    failed = sum(not row["passed"] for row in report["rows"])
-    report |= {"passed": not failed, "seconds": round(time.perf_counter() - start, 3)}
+    try:
+        for check in checks:
+            _write(report, file, last=False)  # before a row that may take the process along
+            with contextlib.redirect_stdout(sys.stderr):  # what others print is not part of the table
+                row = _run(check, on)
+            report["rows"].append(row)
+            report["seconds"] = round(time.perf_counter() - start, 3)
+            print(_line(row), flush=True)
+        failed = sum(not row["passed"] for row in report["rows"])
+        report["passed"] = not failed
+    finally:
+        _write(report, file, last=True)
     rows = f"of {len(checks)} rows on {on}, {report['seconds']:.1f} s"
     print(f"\nFAILED: {failed} {rows}" if failed else f"\npassed: {len(checks)} {rows}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return 1 if failed else 0
+
+
+def _write(report: dict[str, Any], file: TextIO | None, last: bool) -> None:
+    """Over what was there before; to a pipe once."""
+    if file is None or not (last or file.seekable()):
+        return
+    if file.seekable():
+        file.seek(0)
+        file.truncate()
+    file.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    file.flush()
 
 
 def _device(name: str | None) -> torch.device:
@@ -93,8 +123,10 @@ def _device(name: str | None) -> torch.device:
 
 
 def _checks(dtypes: Sequence[str], only: Sequence[str] | None) -> list[conformance_cases.AnyCheck]:
+    dtypes = [*dict.fromkeys(dtypes)]
     checks = [check for dtype in dtypes for check in conformance_cases.of_every_dtype(_DTYPES[dtype])]
-    checks += conformance_cases.of_one_dtype(_DTYPES[dtypes[0]])
+    few = [dtype for dtype in dtypes if dtype in (dtypes[0], "float32")]  # whose bounds are small
+    checks += [check for dtype in few for check in conformance_cases.of_one_dtype(_DTYPES[dtype])]
     return [check for check in checks if only is None or any(text in check.name for text in only)]
 
 
@@ -108,7 +140,7 @@ def _facts(on: torch.device) -> dict[str, Any]:
     except Exception as error:
         facts["forward"] = f"unknown: {diagnosis.said(error)}"
     facts = {name: fact and fact.strip() for name, fact in facts.items()}
-    return {"versions": diagnosis.versions(), **facts, "rows": []}
+    return {"versions": diagnosis.versions(), **facts, "rows": [], "passed": None, "seconds": 0.0}
 
 
 def _run(check: conformance_cases.AnyCheck, on: torch.device) -> dict[str, Any]:
@@ -116,7 +148,7 @@ def _run(check: conformance_cases.AnyCheck, on: torch.device) -> dict[str, Any]:
     row = {"check": check.name, "dtype": diagnosis.short(check.dtype), "shape": check.shape}
     try:
         outcome = check.run(on, again=True)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         none = {"worst": None, "error": None, "bound": None, "first_call_seconds": None, "results": {}}
         return row | none | {"passed": False, "failure": f"expected a result, got {diagnosis.said(error)}"}
     failures = [f"{result.name}: {result.failure}" for result in outcome.results if result.failure]

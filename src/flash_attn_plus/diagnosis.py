@@ -168,7 +168,7 @@ def _failed(name: str, dtype: torch.dtype | None, error: Exception) -> dict[str,
     return {"check": name, "dtype": dtype and short(dtype), "passed": False, "failure": failure, **measured}
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """In one line: PyTorch's errors can hold a page."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

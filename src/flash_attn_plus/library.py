@@ -339,9 +339,9 @@ def register_device(dispatch_key: str) -> None:
     Raises:
         ValueError: another key, or one that has its kernels already.
     """
-    if dispatch_key in tuple(BACKENDS):  # which compares: what came may be anything
+    if isinstance(dispatch_key, str) and dispatch_key in BACKENDS:
         raise ValueError(f"dispatch_key: {dispatch_key!r} is registered already")
-    if dispatch_key not in _VENDOR_KEYS:
+    if not isinstance(dispatch_key, str) or dispatch_key not in _VENDOR_KEYS:  # what came may be anything
         meant = _key_meant(dispatch_key)
         hint = f", a device type, whose key is {meant!r}" if meant else ""
         raise ValueError(f"dispatch_key: expected one of {', '.join(_VENDOR_KEYS)}, got {dispatch_key!r}{hint}")

@@ -56,7 +56,7 @@ class Check(NamedTuple):
 
     def run(self, device: torch.device, again: bool = False) -> Outcome:
         """Raises what the kernels raise. ``again`` holds a second call to the bits of the first."""
-        return measure(lambda: _ours(self, _inputs(self, device)), lambda: _expected(self), again)
+        return measure(lambda: _ours(self, _inputs(self, device)), lambda: _expected(self), self.dtype, again)
 
 
 # Each is a kernel, or three, to compile on a GPU: these few meet every dtype and every pass.
@@ -77,21 +77,26 @@ class Outcome(NamedTuple):
 def measure(
     ours: Callable[[], Results],
     expected: Callable[[], tuple[Results, list[Results]]],
+    dtype: torch.dtype,
     again: bool = False,
     exact: tuple[str, ...] = (),
 ) -> Outcome:
     """What ``ours`` computes on a device, against the oracle and the trials that ``expected`` computes on the CPU: it
-    has float64, and is no part of what may be broken.
+    has float64, and is no part of what may be broken. ``dtype`` is that of the inputs.
     """
     start = time.perf_counter()
     with torch.enable_grad():
-        actual = {name: x.cpu() for name, x in ours().items()}
+        actual = _on_cpu(ours())
         first_call_seconds = time.perf_counter() - start
-        second = {name: x.cpu() for name, x in ours().items()} if again else None
-        results = tolerance.compare(actual, *expected(), exact)
+        second = _on_cpu(ours()) if again else None
+        results = tolerance.compare(actual, *expected(), dtype, exact)
     if second is not None:
         results.append(tolerance.same_bits(actual, second))
     return Outcome(results, time.perf_counter() - start, first_call_seconds)
+
+
+def _on_cpu(results: Results) -> Results:
+    return {name: x.cpu() for name, x in results.items() if x is not None}
 
 
 class _Inputs(NamedTuple):

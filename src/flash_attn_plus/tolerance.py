@@ -21,33 +21,43 @@ class Result(NamedTuple):
     """How far a result is from the oracle, and how far it may be. ``failure`` is "" where that is well."""
 
     name: str
-    error: float | None  # None where there is none to speak of: a wrong shape, NaN
+    error: float | None  # None where there is none to speak of: no result, a wrong dtype or shape, NaN
     bound: float
     failure: str
 
 
-def compare(actual: Results, oracle: Results, trials: list[Results], exact: Collection[str] = ()) -> list[Result]:
-    """``actual`` by the rule, all on the CPU. ``trials`` are the same maths at the tested dtype, of equal problems: one
-    can be close by luck, so the furthest from the oracle counts. ``exact`` names what has no error at all.
+def compare(
+    actual: Results, oracle: Results, trials: list[Results], dtype: torch.dtype, exact: Collection[str] = ()
+) -> list[Result]:
+    """``actual`` by the rule, all on the CPU: every result that the oracle has, in the dtype that belongs to inputs of
+    ``dtype``. ``trials`` are the same maths at the tested dtype, of equal problems: one can be close by luck, so the
+    furthest from the oracle counts. ``exact`` names what has no error at all.
     """
     # A flash backward recomputes P = exp(s - lse): the rounding of lse is a relative error of P, and of a gradient.
-    recomputed = rounding_floor(oracle["lse"], torch.float32) if "lse" in oracle else 0.0
+    recomputed = rounding_floor(oracle["lse"], _dtype_of("lse", dtype)) if "lse" in oracle else 0.0
     results = []
-    for name, x in actual.items():
-        expected = oracle[name].double()
+    for name, of_oracle in oracle.items():
+        expected = of_oracle.double()
         bound = 0.0
         if name not in exact:
             gradient = name.startswith("d")
             plain = max(_largest(_distance(trial[name], expected)) for trial in trials)
             relative = recomputed * _largest(expected) if gradient else 0.0
-            floor = rounding_floor(expected, x.dtype) + relative
+            floor = rounding_floor(expected, _dtype_of(name, dtype)) + relative
             bound = (_GRADIENT_FACTOR if gradient else _FORWARD_FACTOR) * plain + floor
-        results.append(_result(name, x, expected, bound))
+        results.append(_result(name, actual.get(name), _dtype_of(name, dtype), expected, bound))
     return results
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Of a result, by the inputs': that of a gradient is its input's, and no lse is rounded to 16 bits."""
+    return torch.float32 if name == "lse" and dtype != torch.float64 else dtype
 
 
 def same_bits(first: Results, second: Results) -> Result:
     """Whether a second call gave what the first one gave: it launches its kernels another way."""
+    if first.keys() != second.keys() or any(_kind(x) != _kind(second[name]) for name, x in first.items()):
+        return Result("second call", None, 0.0, "expected results of the first call's dtypes and shapes, got others")
     differ = [name for name, x in first.items() if not torch.equal(_bits(x), _bits(second[name]))]
     error = max((_largest(_distance(second[name], first[name].double())) for name in differ), default=0.0)
     failure = f"{', '.join(differ)}: expected the bits of the first call, got others" if differ else ""
@@ -60,7 +70,11 @@ def rounding_floor(expected: Tensor, dtype: torch.dtype) -> float:
     return 2 * torch.finfo(dtype).eps * 2.0 ** magnitude.log2().floor().item()
 
 
-def _result(name: str, actual: Tensor, expected: Tensor, bound: float) -> Result:
+def _result(name: str, actual: Tensor | None, dtype: torch.dtype, expected: Tensor, bound: float) -> Result:
+    if actual is None:
+        return Result(name, None, bound, "expected a result, got none")
+    if actual.dtype != dtype:
+        return Result(name, None, bound, f"expected {dtype}, got {actual.dtype}")
     if actual.shape != expected.shape:
         return Result(name, None, bound, f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
     # -inf stands where the oracle has it: the log-sum-exp of a row that sees no key.
@@ -89,6 +103,10 @@ def _largest(x: Tensor) -> float:
     """Of the finite numbers."""
     finite = x[x.isfinite()].abs()
     return finite.max().item() if finite.numel() else 0.0
+
+
+def _kind(x: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return x.dtype, x.shape
 
 
 def _bits(x: Tensor) -> Tensor:
