@@ -98,6 +98,7 @@ varlen_only_padding varlen_empty_window varlen_dim_24 paged_dim_24""",
 class StandIn(types.ModuleType):
     """flag_gems on the CPU, with the signatures and the faults of 5.0.2. ``calls`` holds what it was asked for."""
 
+    __version__ = "5.0.2"
     device = "cpu"
 
     def __init__(self) -> None:
@@ -198,6 +199,10 @@ class StandIn(types.ModuleType):
         out.fill_(float("nan"))
         out[written] = computed.to(q.dtype)[written]
         return out, self.lse(lse, causal, alibi_slopes).masked_fill(~written, float("nan"))
+
+    for function in (flash_attention_forward, flash_attn_varlen_func):
+        function.__module__ = "flag_gems.ops.attention"
+    del function
 
     @staticmethod
     def lse(lse: Tensor, causal: bool, alibi_slopes: Tensor | None) -> Tensor:
@@ -349,6 +354,10 @@ class TestWhatIsAskedFor:
             assert call["cu_seqlens_k"] is None and call["seqused_k"].tolist() == lengths
             assert call["block_table"].tolist() == table.tolist()
 
+    def test_more_programs_than_its_dense_kernel_launches(self, stand_in: StandIn) -> None:
+        assert self.kernel(stand_in, *dense(255, 1, 257, 24)[:1] * 3) == "dense"
+        assert self.kernel(stand_in, *dense(256, 1, 256, 24)[:1] * 3) == "varlen"
+
     def test_never_one_row(self, stand_in: StandIn) -> None:
         fap.flash_attn_varlen_func(*packed(2), offsets(1, 1), offsets(1, 1), 1, 1, backend="flag_gems")
         assert stand_in.calls[0]["max_seqlen_q"] == 2
@@ -413,12 +422,16 @@ GUARDS = {
 }
 
 
+class AskedTooEarly(BaseException):
+    """No Exception: those become an ImportError."""
+
+
 @pytest.fixture
 def unimportable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard that looks at flag_gems, or at Triton, fails its test."""
 
     def asked() -> None:
-        raise SystemError("asked too early")
+        raise AskedTooEarly
 
     monkeypatch.setattr(integration, "_triton_version", asked)
     monkeypatch.setattr(integration, "_import", asked)
@@ -449,15 +462,63 @@ class TestGuards:
     @pytest.mark.parametrize("call", [dense_call, varlen_call])
     def test_let_the_unchanged_call_through(self, call) -> None:
         op, args, options = call()
-        with pytest.raises(SystemError, match="asked too early"):
+        with pytest.raises(AskedTooEarly):
             op(*args, **options)
 
-    def test_more_than_32_bits_of_elements(self) -> None:
-        near, far = (torch.empty(rows, 2, 32, dtype=torch.float16, device="meta") for rows in (2**25, 2**25 + 1))
-        with pytest.raises(NotImplementedError, match=r"k: expected less than 2\*\*31 elements"):
-            integration._library(near, far, far)
-        with pytest.raises(SystemError, match="asked too early"):
-            integration._library(near, near, near)
+    @pytest.mark.parametrize(
+        "rows_q, rows_k, dim, message",
+        [
+            (2**25, 2**25, 32, None),
+            (2**25, 2**25 + 1, 32, r"k: expected less than 2\*\*31 elements"),
+            (2**25 + 1, 2**25, 32, r"q: expected less than 2\*\*31 elements"),
+            (2**25, 9, 40, r"q: expected less than 2\*\*31 elements"),
+            # Padded to 64.
+            (2**24, 9, 40, None),
+            (2**24 + 1, 9, 40, r"q: expected up to 2\*\*31 elements .* head_dim of 64"),
+            (9, 2**24 + 1, 40, r"k: expected up to 2\*\*31 elements .* head_dim of 64"),
+        ],
+    )
+    def test_more_than_32_bits_of_elements(self, rows_q: int, rows_k: int, dim: int, message: str | None) -> None:
+        q, k = (torch.empty(1, rows, 2, dim, dtype=torch.float16, device="meta") for rows in (rows_q, rows_k))
+        with pytest.raises(AskedTooEarly) if message is None else pytest.raises(NotImplementedError, match=message):
+            integration.prepare_forward(q, k, k, Variant())
+
+    def test_more_than_32_bits_of_elements_of_the_output(self) -> None:
+        """As many as a q has that is expanded, and lies in less."""
+        few = torch.empty(1, 9, 1, 64, dtype=torch.float16, device="meta")
+        q = few[:, :1].expand(1, 2**24 + 1, 2, 64)
+        message = r"q: expected up to 2\*\*31 elements"
+        with pytest.raises(NotImplementedError, match=message):
+            integration.prepare_forward(q, few, few, Variant())
+        cu = torch.empty(2, dtype=torch.int32, device="meta")
+        layout = Varlen(cu, cu, 2**24 + 1, 9)
+        with pytest.raises(NotImplementedError, match=message):
+            integration.prepare_varlen_forward(q[0], few[0], few[0], layout, Variant())
+        # It pads nothing for its packed kernel.
+        q = torch.empty(2**24 + 1, 2, 40, dtype=torch.float16, device="meta")
+        with pytest.raises(AskedTooEarly):
+            integration.prepare_varlen_forward(q, q[:9], q[:9], layout, Variant())
+
+    @pytest.mark.parametrize(
+        "batch, heads, causal, message",
+        [
+            (1, 65536, False, "q: expected up to 65535 heads"),
+            (65536, 1, False, "q: expected up to 65535 sequences"),
+            (65536, 1, True, "q: expected up to 65535 sequences"),
+            (40000, 2, False, None),  # the packed kernel has them in two dimensions
+            (65535, 1, True, None),
+        ],
+    )
+    def test_more_programs_than_can_be_launched(
+        self, batch: int, heads: int, causal: bool, message: str | None
+    ) -> None:
+        q = torch.empty(batch, 2, heads, 32, dtype=torch.float16, device="meta")
+        with pytest.raises(AskedTooEarly) if message is None else pytest.raises(NotImplementedError, match=message):
+            integration.prepare_forward(q, q, q, Variant(causal=causal))
+        cu = torch.empty(batch + 1, dtype=torch.int32, device="meta")
+        message = message and message.replace("q: expected up to 65535 seq", "cu_seqlens_q: expected up to 65535 seq")
+        with pytest.raises(AskedTooEarly) if message is None else pytest.raises(NotImplementedError, match=message):
+            integration.prepare_varlen_forward(*[q.flatten(0, 1)] * 3, Varlen(cu, cu, 2, 2), Variant(causal=causal))
 
     def test_arguments_that_no_backend_takes_are_told_as_ever(self) -> None:
         q, k, v = dense(2, 9, 2, 32)
@@ -466,7 +527,13 @@ class TestGuards:
 
 
 class TestImport:
-    @pytest.mark.parametrize("error", [ImportError, ModuleNotFoundError, RuntimeError, AssertionError, AttributeError])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            *(ImportError, ModuleNotFoundError, RuntimeError, AssertionError, AttributeError),
+            *(PermissionError, OSError, KeyError, TypeError),
+        ],
+    )
     def test_says_what_to_install(
         self, triton_3_6: None, monkeypatch: pytest.MonkeyPatch, tmp_path, error: type[Exception]
     ) -> None:
@@ -475,19 +542,62 @@ class TestImport:
         monkeypatch.delitem(sys.modules, "flag_gems", raising=False)
         q, k, v = dense(2, 9, 2, 32)
         for _ in range(2):  # nothing is remembered of a failure
-            with pytest.raises(ImportError, match=rf"backend: .* {error.__name__}: no device") as told:
+            with pytest.raises(ImportError, match=rf"backend: .* {error.__name__}: '?no device") as told:
                 fap.flash_attn_func(q, k, v, backend="flag_gems")
             assert "pip install 'flash-attn-plus[flag_gems]'" in str(told.value)
             assert isinstance(told.value.__cause__, error)
 
-    def test_passes_on_what_is_no_sign_of_a_missing_device(
-        self, triton_3_6: None, monkeypatch: pytest.MonkeyPatch, tmp_path
-    ) -> None:
-        (tmp_path / "flag_gems.py").write_text("raise KeyError('a fault of its own')")
+    def test_leaves_nothing_behind(self, triton_3_6: None, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+        """A second import of a package finds the parts that the first one imported, and the path that it changed."""
+        package = tmp_path / "flag_gems"
+        package.mkdir()
+        (package / "__init__.py").write_text(
+            """import sys
+if "flag_gems.part" in sys.modules or "of flag_gems" in sys.path:
+    raise ValueError("another reason")
+sys.path.insert(0, "of flag_gems")
+from . import part
+raise PermissionError("no cache")
+"""
+        )
+        (package / "part.py").touch()
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, "flag_gems", raising=False)
-        with pytest.raises(KeyError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "flag_gems"]:
+            monkeypatch.delitem(sys.modules, name)
+        path = list(sys.path)
+        for _ in range(2):
+            with pytest.raises(ImportError, match=r"backend: .* PermissionError: no cache"):
+                fap.flash_attn_func(*dense(2, 9, 2, 32), backend="flag_gems")
+            assert sys.path == path
+            assert not [name for name in sys.modules if name.partition(".")[0] == "flag_gems"]
+
+    def test_what_was_imported_before_stays(self, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+        part = types.ModuleType("flag_gems.part")
+        monkeypatch.setitem(sys.modules, "flag_gems.part", part)
+        monkeypatch.setitem(sys.modules, "flag_gems", types.ModuleType("flag_gems"))
+        with pytest.raises(ImportError, match="AttributeError"):
             fap.flash_attn_func(*dense(2, 9, 2, 32), backend="flag_gems")
+        assert sys.modules["flag_gems.part"] is part and "flag_gems" in sys.modules
+
+    @pytest.mark.parametrize("version", ["5.0.1", "5.1.0", None])
+    def test_of_another_version(self, stand_in: StandIn, version: str | None) -> None:
+        stand_in.__version__ = version
+        with pytest.raises(NotImplementedError, match=rf"flag_gems: expected version 5\.0\.2, .* got {version}"):
+            fap.flash_attn_func(*dense(2, 9, 2, 32), backend="flag_gems")
+
+    def test_of_a_function_of_a_vendor(self, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+        def function(*args, **kwargs):
+            raise AssertionError("called")
+
+        function.__module__ = "_hygon.ops.attention"
+        monkeypatch.setattr(stand_in, "flash_attention_forward", function, raising=False)
+        with pytest.raises(NotImplementedError, match=r"flash_attention_forward: .* got one of _hygon\.ops\.attention"):
+            fap.flash_attn_func(*dense(2, 9, 2, 32), backend="flag_gems")
+        fap.flash_attn_varlen_func(*packed(), CU, CU, 9, 9, backend="flag_gems")
+        monkeypatch.setattr(stand_in, "flash_attn_varlen_func", function, raising=False)
+        forget()
+        with pytest.raises(NotImplementedError, match=r"flash_attn_varlen_func: .* got one of _hygon"):
+            fap.flash_attn_varlen_func(*packed(), CU, CU, 9, 9, backend="flag_gems")
 
     @pytest.mark.parametrize("name", ["flash_attention_forward", "flash_attn_varlen_func", "device"])
     def test_of_a_version_without_what_is_called(
@@ -697,6 +807,47 @@ class TestContext:
                     decode(q, k, v)
         assert fap.flash_attn_with_kvcache(q, k, v).shape == q.shape
         assert not stand_in.calls
+
+    @pytest.mark.parametrize("how", ["eager", "compile", "export"])
+    def test_refuses_higher_order_operators(self, stand_in: StandIn, how: str) -> None:
+        """It does not reach their bodies, where this package's kernels would run."""
+
+        class Attend(torch.nn.Module):
+            def forward(self, q, k, v):
+                return torch.cond(q.sum() > 0, fap.flash_attn_func, lambda q, k, v: q.clone(), (q, k, v))
+
+        attend, tensors = Attend(), tuple(dense(2, 9, 2, 32))
+        run = {
+            "eager": lambda: attend(*tensors),
+            "compile": lambda: torch.compile(attend, backend="eager", fullgraph=True)(*tensors),
+            "export": lambda: torch.export.export(attend, tensors),
+        }
+        # Dynamo has an error of its own for it, with this one's message in it.
+        with (
+            pytest.raises(Exception, match="backend: expected no higher-order operator"),
+            fap.use_backend("flag_gems"),
+        ):
+            run[how]()
+        assert not stand_in.calls
+
+    def test_refuses_a_higher_order_operator_by_name(self) -> None:
+        context = fap.use_backend("flag_gems")
+        with pytest.raises(NotImplementedError, match=r"backend: .* use_backend\('flag_gems'\)"):
+            context.__torch_function__(torch.ops.higher_order.cond, ())
+
+    def test_does_not_hold_inside_of_a_custom_operator(self, stand_in: StandIn) -> None:
+        """As documented: PyTorch takes the mode away while it runs a function of its own. The argument holds."""
+
+        @torch.library.custom_op("flash_attn_plus_test::attend", mutates_args=())
+        def attend(q: Tensor, by_argument: bool) -> Tensor:
+            return fap.flash_attn_func(q, q, q, backend="flag_gems" if by_argument else None)
+
+        q = wide(2, 9, 2, 32)
+        with fap.use_backend("flag_gems"):
+            attend(q, False)
+            assert not stand_in.calls
+            attend(q, True)
+        assert len(stand_in.calls) == 1
 
     def test_nests_and_is_used_again(self, stand_in: StandIn) -> None:
         tensors, context = dense(2, 9, 2, 32), fap.use_backend("flag_gems")

@@ -8,6 +8,7 @@ every operator of this package has.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -18,13 +19,19 @@ from torch import Tensor
 from ..checks import _not_implemented
 from ..schemas import Variant, Varlen, band
 
-# What its import raises where there is no device, no driver, a package too few, or a version that has not what is
-# called here.
-_FAILURES = (ImportError, RuntimeError, AssertionError, AttributeError)
+# What is refused, and what is asked for in place of what is wrong, was read from this one's source.
+_VERSION = "5.0.2"
+# Vendors bind functions of their own to the names of these at the top.
+_OWN = "flag_gems.ops.attention"
 # From this one on its launcher leaves out compile-time constants.
 _TRITON_TOO_NEW = (3, 7)
 # Its kernels multiply places by strides in 32 bits.
 _MOST_ELEMENTS = 2**31
+# What its dense function pads a head dimension to: the next of these.
+_DENSE_HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
+# Of a grid, but for its first dimension. Heads times sequences are the second one of its dense kernel, sequences the
+# second and heads the third one of its packed kernel.
+_MOST_PROGRAMS = 65535
 # A side of a window that holds every key. Sums of it and of lengths stay below 2**31.
 _WIDE = 2**30
 # The rows of a tile of its dense kernel, in all its configurations. Its causal mask is right for whole tiles.
@@ -32,23 +39,34 @@ _TILE = 128
 
 
 def prepare_forward(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> Callable:
-    flag_gems = _library(q, k, v)
-    if not (q.numel() and k.numel()):
+    batch, _, heads, dim = q.shape
+    computes, dense = bool(q.numel() and k.numel()), _suits_dense_kernel(q, k, v, variant)
+    if computes:
+        _expect_32_bits(q, k, v, next(size for size in _DENSE_HEAD_DIMS if size >= dim) if dense else dim)
+        if not dense:
+            _expect_a_grid("q", batch, heads)
+    flag_gems = _library(q)
+    if not computes:
         return _nothing_is_seen
-    if _suits_dense_kernel(q, k, v, variant):
-        return functools.partial(_dense, flag_gems.flash_attention_forward)
-    return functools.partial(_dense_as_packed, flag_gems.flash_attn_varlen_func)
+    if dense:
+        return functools.partial(_dense, _own(flag_gems, "flash_attention_forward"))
+    return functools.partial(_dense_as_packed, _own(flag_gems, "flash_attn_varlen_func"))
 
 
 def prepare_varlen_forward(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, variant: Variant) -> Callable:
-    flag_gems = _library(q, k, v)
-    if not (q.numel() and k.numel() and layout.cu_seqlens_q.shape[0] > 1):
+    sequences = layout.cu_seqlens_q.shape[0] - 1
+    computes = bool(q.numel() and k.numel() and sequences > 0)
+    if computes:
+        _expect_32_bits(q, k, v, q.shape[-1])
+        _expect_a_grid("cu_seqlens_q", sequences, q.shape[1])
+    flag_gems = _library(q)
+    if not computes:
         return _nothing_is_seen
-    return functools.partial(_varlen, flag_gems.flash_attn_varlen_func)
+    return functools.partial(_varlen, _own(flag_gems, "flash_attn_varlen_func"))
 
 
-def _library(q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
-    """flag_gems, where it can be called with these."""
+def _expect_32_bits(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> None:
+    """Of what is given, and of what is made of it: copies (also of what is expanded), padding and the output."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         _not_implemented(
@@ -59,7 +77,42 @@ def _library(q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
             tensor,
             tensor.stride(),
         )
+        # The output has as many as q.
+        _not_implemented(
+            tensor.numel() // tensor.shape[-1] * head_dim <= _MOST_ELEMENTS,
+            "{}: expected up to 2**31 elements for flag_gems, of a head_dim of {} as it computes with, got shape {}",
+            name,
+            head_dim,
+            tensor,
+        )
+
+
+def _expect_a_grid(name: str, sequences: int, heads: int) -> None:
+    _not_implemented(
+        sequences <= _MOST_PROGRAMS,
+        "{}: expected up to {} sequences for flag_gems, which launches a program for each, got {}",
+        name,
+        _MOST_PROGRAMS,
+        sequences,
+    )
+    _not_implemented(
+        heads <= _MOST_PROGRAMS,
+        "q: expected up to {} heads for flag_gems, which launches a program for each, got {}",
+        _MOST_PROGRAMS,
+        heads,
+    )
+
+
+def _library(q: Tensor) -> ModuleType:
+    """flag_gems, where it is the one that is known here and serves q's device."""
     flag_gems = _imported()
+    version = getattr(flag_gems, "__version__", "one that does not say it")
+    _not_implemented(
+        version == _VERSION,
+        "flag_gems: expected version {}, of which is known what is right, got {}",
+        _VERSION,
+        version,
+    )
     _not_implemented(
         q.device.type == flag_gems.device,
         "q: expected a device of type {} (flag_gems'), got {}",
@@ -70,6 +123,15 @@ def _library(q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     native = getattr(getattr(flag_gems, "config", None), "use_c_extension", False)
     _not_implemented(not native, "USE_C_EXTENSION: expected flag_gems' Triton kernels, got its C++ extension")
     return flag_gems
+
+
+def _own(flag_gems: ModuleType, name: str) -> Callable:
+    function = getattr(flag_gems, name)
+    module = getattr(function, "__module__", None)
+    _not_implemented(
+        module == _OWN, "{}: expected the function of {}, got one of {}, of which nothing is known", name, _OWN, module
+    )
+    return function
 
 
 def _imported() -> ModuleType:
@@ -84,7 +146,7 @@ def _imported() -> ModuleType:
 def _or_what_to_install(ask: Callable) -> Any:
     try:
         return ask()
-    except _FAILURES as error:
+    except Exception as error:  # no device, no driver, no permission, a package too few, another version of one
         raise ImportError(
             'backend: expected an installed flag_gems that finds a device, because "flag_gems" was selected, got '
             f"{type(error).__name__}: {error}. Install it with `pip install 'flash-attn-plus[flag_gems]'`, or beside "
@@ -94,10 +156,21 @@ def _or_what_to_install(ask: Callable) -> Any:
 
 
 def _import() -> ModuleType:
-    import flag_gems
+    # What a failed import leaves behind would let the next one fail in another way.
+    path, modules = list(sys.path), set(sys.modules)
+    if "flag_gems" not in modules:
+        modules -= {name for name in modules if name.startswith("flag_gems.")}
+    try:
+        import flag_gems
 
-    for name in ("flash_attention_forward", "flash_attn_varlen_func", "device"):
-        getattr(flag_gems, name)
+        for name in ("flash_attention_forward", "flash_attn_varlen_func", "device"):
+            getattr(flag_gems, name)
+    except BaseException:
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            if name.partition(".")[0] == "flag_gems":
+                del sys.modules[name]
+        raise
     return flag_gems
 
 
@@ -112,6 +185,8 @@ def _suits_dense_kernel(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> bo
     # flag_gems finds a compiled kernel by strides but not by lengths, and how it was compiled depends on these: strides
     # have to tell them. A kernel that is right for 128 keys would be taken for the first 100 of them.
     if any(x.stride() != _strides_of_new(x) for x in (q, k, v)):
+        return False
+    if q.shape[0] * q.shape[2] > _MOST_PROGRAMS:
         return False
     # It rounds up to a multiple of 32, and asks for one of its own list.
     if q.shape[-1] <= 16:
