@@ -324,7 +324,7 @@ DECODE_SPILLS = {
     ("sm_120", 2, 64, "rows"): 32,
     ("gfx1100", 2, 256, "rows"): 40,
     **{("gfx1100", 4, 128, kind): 96 for kind in DECODE_KINDS},
-    **{("gfx1100", 4, 256, kind): 600 for kind in DECODE_KINDS},
+    **{("gfx1100", 4, 256, kind): 852 for kind in DECODE_KINDS},
 }
 
 
