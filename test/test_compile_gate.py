@@ -321,8 +321,8 @@ DECODE_SPILLS = {
     ("sm_100", 2, 128, "rows"): 24,
     ("sm_100", 2, 256, "rows"): 24,
     ("sm_100", 4, 256, "options"): 24,
-    ("sm_120", 2, 64, "rows"): 32,
-    ("gfx1100", 2, 256, "rows"): 40,
+    ("sm_120", 2, 64, "rows"): 40,
+    ("gfx1100", 2, 256, "rows"): 60,
     **{("gfx1100", 4, 128, kind): 96 for kind in DECODE_KINDS},
     **{("gfx1100", 4, 256, kind): 852 for kind in DECODE_KINDS},
 }
