@@ -121,7 +121,9 @@ class TestFailures:
             monkeypatch.setattr(of, "_ours", lambda *a, missing=missing: missing(right(*a)))
             assert row_of(name, dtype)["failure"] == f"{result}: expected a result, got none"
 
-    @pytest.mark.parametrize("later", [lambda x: x.double(), lambda x: x[:1], lambda x: None], ids=str)
+    @pytest.mark.parametrize(
+        "later", [lambda x: x.double(), lambda x: x[:1], lambda x: None], ids=["dtype", "shape", "none"]
+    )
     def test_a_second_call_of_another_kind(self, later, monkeypatch):
         right, calls = selfcheck._ours, itertools.count()
 
