@@ -368,15 +368,24 @@ class Splits(NamedTuple):
 MOST_SPLITS = 128  # that are asked for: their results are kept until they are combined
 
 
+# Sequences for every slot, from which on each has a program of its own: their lengths even out.
+_MANY = 4
+
+
 def splits(row: DecodeRow, fit: int, batch: int, capacity: int, num_splits: int, equal: bool) -> Splits:
     """How the keys of a batch are split where ``fit`` slots run together; ``equal``: sequences have as many keys."""
     if num_splits > 0:
         return Splits(max(1, min(num_splits, MOST_SPLITS, -(-capacity // row.split.BLOCK_N))), 0)
-    most = -(-capacity // row.split.shortest)
-    if equal or batch == 1:
-        return Splits(max(1, min(fit // batch, most)), 0)
-    shares = min(fit, batch * most)
-    return Splits(None, shares) if shares >= 2 * batch else Splits(1, 0)
+    most = max(1, -(-capacity // row.split.shortest))
+    parts = min(max(1, fit // batch), most)
+    if batch == 1 or parts == most or batch >= _MANY * fit or (equal and _even(batch * parts, fit)):
+        return Splits(parts, 0)
+    return Splits(None, min(fit, batch * most))
+
+
+def _even(slots: int, fit: int) -> bool:
+    """Whether hardly a processor is without work while the last slots run."""
+    return slots >= 0.9 * fit * -(-slots // fit)
 
 
 # Anything that Triton compiles for: small enough for the smallest.

@@ -57,8 +57,8 @@ def combine_kernel(
             *(None, batch, None, keys[1]),
         )
         variant = Variant(*band)
-        shares = splits.shared_out(layout, variant, keys[2], SHORTEST, BLOCK_N, ENTRIES)
-        first, count = splits.parts_of(index, shares, layout, variant, BLOCK_N)
+        on = splits.line(layout, variant, keys[2], SHORTEST, BLOCK_N, ENTRIES)
+        first, count = splits.parts_of(index, on)
         if count == 1:
             return  # written already
     parts_ptr += tl.cast(first, tl.int64) * strides[0] + tl.cast(index, tl.int64) * strides[1]

@@ -8,6 +8,7 @@ inference" (2023). Many queries go to the kernel of forward.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,17 @@ from .forward import Forward
 from .launch import Launch, Prepared
 
 
+class Rows(NamedTuple):
+    """The rows of a tile."""
+
+    first: tl.tensor  # the number of the first one
+    numbers: tl.tensor  # (BLOCK_M,), as all below
+    exist: tl.tensor
+    heads_q: tl.tensor
+    queries: tl.tensor
+    to_out: tl.tensor  # rows of out from the sequence's first one
+
+
 @triton.jit(
     do_not_specialize=[
         *("batch", "rows_q", "capacity", "seqlen_new", "parts", "shares"),
@@ -34,7 +46,7 @@ def decode_kernel(
     v_ptr,
     out_ptr,  # contiguous
     lse_ptr,  # float32, contiguous
-    parts_ptr,  # float32 (slots, rows_q, heads, row of combine.py); None where no sequence is split
+    parts_ptr,  # float32 (parts, rows_q, heads, row of combine.py); None where no sequence is split
     cache_seqlens_ptr,
     cache_batch_ptr,
     leftpad_ptr,
@@ -87,33 +99,76 @@ def decode_kernel(
     slot = program // row_tiles // heads_k
     # Rows are the queries' heads: GROUP of one query, then GROUP of the next.
     rows = first_row + tl.arange(0, BLOCK_M)
-    is_row = rows < rows_q * GROUP
     queries, heads_q = rows // GROUP, head_k * GROUP + rows % GROUP
+    of = Rows(first_row, rows, rows < rows_q * GROUP, heads_q, queries, (queries * heads + heads_q).to(tl.int64))
     # (BLOCK_M, BLOCK_D)
     q_rows = queries.to(tl.int64) * strides_q[1] + heads_q.to(tl.int64) * strides_q[2]
     q_ptrs = q_ptr + q_rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
-    if parts is not None:  # known before any length is: both are on their way together
+    of_part = combine.row_of_part(HEAD_DIM_V)
+    if parts is not None:
+        # q before any length is known: both are on their way together.
         q_ptrs += tl.cast(slot // parts, tl.int64) * strides_q[0]
         q = tiles.load(q_ptrs, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
-    numbered = None
-    if parts is None:
-        numbered = splits.shared_out(layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES)
-    part = splits.part_of(slot, parts, numbered, layout, variant, BLOCK_N)
-    to_out = (queries * heads + heads_q).to(tl.int64)
-    if parts_ptr is not None:
-        parts_ptr += (tl.cast(slot, tl.int64) * rows_q * heads + to_out) * combine.row_of_part(HEAD_DIM_V)
-    if not part.exists:
-        if parts is not None and parts_ptr is not None:  # all of these are added up
+        part, exists = splits.equal_part(slot, parts, layout, variant, BLOCK_N)
+        if parts_ptr is not None:
+            parts_ptr += (tl.cast(slot, tl.int64) * rows_q * heads + of.to_out) * of_part
+        if exists:
+            values, maximum, total = _attend(
+                *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP, PAGE_SIZE),
+                *(HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, WIDE),
+            )
+            if parts_ptr is None:
+                _write(part, values, maximum, total, of, out_ptr, lse_ptr, layout, variant, HEAD_DIM_V, BLOCK_DV)
+            else:
+                _keep(values, maximum, total, of, parts_ptr, HEAD_DIM_V, BLOCK_DV)
+        elif parts_ptr is not None:  # all of these are added up
             nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            tl.store(parts_ptr + combine.maximum_of_part(HEAD_DIM_V), nothing, mask=is_row)
-        return
+            tl.store(parts_ptr + combine.maximum_of_part(HEAD_DIM_V), nothing, mask=of.exist)
+    else:
+        on = splits.line(layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES)
+        first, behind, start = splits.sequences_of(slot, on)
+        for index in tl.range(first, behind):
+            part, start = splits.part_of(slot, index, start, on, layout, variant, BLOCK_N)
+            of_sequence = tl.cast(index, tl.int64) * strides_q[0]
+            q = tiles.load(q_ptrs + of_sequence, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
+            values, maximum, total = _attend(
+                *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP, PAGE_SIZE),
+                *(HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, WIDE),
+            )
+            if part.count == 1:
+                _write(part, values, maximum, total, of, out_ptr, lse_ptr, layout, variant, HEAD_DIM_V, BLOCK_DV)
+            else:
+                row_ptr = parts_ptr + (tl.cast(slot + index, tl.int64) * rows_q * heads + of.to_out) * of_part
+                _keep(values, maximum, total, of, row_ptr, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit
+def _attend(
+    part,
+    q,  # (BLOCK_M, BLOCK_D)
+    of,
+    head_k,
+    k_ptr,
+    v_ptr,
+    strides_k,
+    strides_v,
+    layout,
+    variant,
+    GROUP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The sum of values, the maximum of scores and the sum of weights over the keys of a part."""
     sequence = tiles.sequence_of(part.index, layout)
     # (BLOCK_M, 1): the slopes of each row
-    head = scores.head_of(sequence, heads_q[:, None], heads, variant, None)
-    if parts is None:
-        q_ptrs += tl.cast(sequence.batch, tl.int64) * strides_q[0]
-        q = tiles.load(q_ptrs, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
-
+    head = scores.head_of(sequence, of.heads_q[:, None], layout.heads, variant, None)
     k_ptr = tiles.head_start(k_ptr, sequence.key_batch, head_k, strides_k)
     v_ptr = tiles.head_start(v_ptr, sequence.key_batch, head_k, strides_v)
     k_ptr = tiles.row_start(k_ptr, sequence.key_start, strides_k)
@@ -122,20 +177,20 @@ def decode_kernel(
     v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
 
     maximum, total = softmax.start(
-        scores.sink_of(sequence, heads_q, variant), variant.unit, variant.sink_ptr is not None, BLOCK_M
+        scores.sink_of(sequence, of.heads_q, variant), variant.unit, variant.sink_ptr is not None, BLOCK_M
     )
     if variant.sink_ptr is not None:  # only the first part has it
         maximum = tl.where(part.number == 0, maximum, float("-inf"))
         total = tl.where(part.number == 0, total, 0.0)
     values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if block_table_ptr is not None:  # three blocks ahead: the first keys wait for the table once, all together
+    if layout.block_table_ptr is not None:  # three blocks ahead: the first keys wait for the table once, all together
         pages_k = tiles.table_entries(part.begin, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
         second = tiles.table_entries(part.begin + BLOCK_N, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
         third = tiles.table_entries(part.begin + 2 * BLOCK_N, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
         pages_k, second = tiles.pages_of(pages_k, layout), tl.maximum(second, 0)
     for start in tl.range(part.begin, part.end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        if block_table_ptr is None:
+        if layout.block_table_ptr is None:
             k_ptrs = tiles.row_start(k_ptr, start, strides_k) + k_offsets
             v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
         else:
@@ -155,25 +210,47 @@ def decode_kernel(
         else:
             products = tl.dot(q, k.T, input_precision=PRECISION)
         s = scores.scale_and_cap(products, variant, q.dtype == tl.float32)
-        s = scores.scores(s, first_row, start, sequence, head, variant, None, True, BLOCK_M, BLOCK_N, WIDE, GROUP=GROUP)
+        s = scores.scores(s, of.first, start, sequence, head, variant, None, True, BLOCK_M, BLOCK_N, WIDE, GROUP=GROUP)
         weights, factor, maximum, total = softmax.update(s, variant.unit, maximum, total, True)
         # (BLOCK_N, BLOCK_DV)
         v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, True)
         values = tiles.matmul_add(values * factor[:, None], weights.to(v.dtype), v, PRECISION)
 
+    return values, maximum, total
+
+
+@triton.jit
+def _write(
+    part,
+    values,
+    maximum,
+    total,
+    of,
+    out_ptr,
+    lse_ptr,
+    layout,
+    variant,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """A sequence of one part."""
+    factor, lse = softmax.finish(maximum, total, variant.unit)
+    first = tl.cast(part.index, tl.int64) * layout.rows_q * layout.heads
     dims = tl.arange(0, BLOCK_DV)
-    mask = is_row[:, None] & (dims < HEAD_DIM_V)[None, :]
-    if parts_ptr is None or (parts is None and part.count == 1):
-        factor, lse = softmax.finish(maximum, total, variant.unit)
-        first = tl.cast(sequence.batch, tl.int64) * rows_q * heads
-        out_ptrs = out_ptr + (first + to_out)[:, None] * HEAD_DIM_V + dims[None, :]
-        tl.store(out_ptrs, (values * factor[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(lse_ptr + first + heads_q * rows_q + queries, lse, mask=is_row)
-    else:  # as it is: a log-sum-exp would be rounded
-        maximum = tl.where(total == total, maximum, float("nan"))  # which the maximum of NaN scores is not
-        tl.store(parts_ptr[:, None] + dims[None, :], values, mask=mask)
-        tl.store(parts_ptr + combine.maximum_of_part(HEAD_DIM_V), maximum, mask=is_row)
-        tl.store(parts_ptr + combine.sum_of_part(HEAD_DIM_V), total, mask=is_row)
+    out_ptrs = out_ptr + (first + of.to_out)[:, None] * HEAD_DIM_V + dims[None, :]
+    mask = of.exist[:, None] & (dims < HEAD_DIM_V)[None, :]
+    tl.store(out_ptrs, (values * factor[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + first + of.heads_q * layout.rows_q + of.queries, lse, mask=of.exist)
+
+
+@triton.jit
+def _keep(values, maximum, total, of, row_ptr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """A part as it is, for combine.py: a log-sum-exp would be rounded."""
+    maximum = tl.where(total == total, maximum, float("nan"))  # which the maximum of NaN scores is not
+    dims = tl.arange(0, BLOCK_DV)
+    tl.store(row_ptr[:, None] + dims[None, :], values, mask=of.exist[:, None] & (dims < HEAD_DIM_V)[None, :])
+    tl.store(row_ptr + combine.maximum_of_part(HEAD_DIM_V), maximum, mask=of.exist)
+    tl.store(row_ptr + combine.sum_of_part(HEAD_DIM_V), total, mask=of.exist)
 
 
 def prepare(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, variant: Variant, num_splits: int) -> Callable:
@@ -227,17 +304,18 @@ class Decode(Prepared):
 
         self.parts = None
         of_call = self._variant(q, variant)
-        if slots > batch:
+        if cut.parts != 1:
             of_head = combine.row_of_part(head_dim_v)
-            self.parts = arguments.Result((slots, rows_q, heads, of_head), torch.float32, q.device)
+            most = splits.most_parts(batch, *cut)
+            self.parts = arguments.Result((most, rows_q, heads, of_head), torch.float32, q.device)
             of_row = heads * of_head
             of_part = rows_q * of_row
-            of_batch = 0 if cut.parts is None else cut.parts * of_part  # else slots are numbered through
+            of_batch = 0 if cut.parts is None else cut.parts * of_part  # else parts are numbered through
             self.rest_of_combine = (
                 *((of_part, of_batch, of_row, of_head), None),
                 *(batch, rows_q, heads, cut.parts, (capacity, cache.seqlen_new, cut.shares), of_call[:3]),
             )
-            most = cut.parts or min(cut.shares - batch + 1, -(-capacity // chosen.shortest))
+            most = cut.parts or min(cut.shares, -(-capacity // chosen.BLOCK_N))  # of a sequence
             self.combine = combine.launch(
                 q.device,
                 batch * rows_q,

@@ -1,10 +1,15 @@
-"""How the keys of a batch are split among programs: work of about equal size, whatever the lengths are.
+"""How the keys of a batch are split among programs: work of equal size, whatever the lengths are.
 
-A part is a run of one sequence's keys; a slot is what computes one. Lengths are known on the device only, so every
-program finds the part of its slot there. Where all sequences have equally many slots (``parts``), slot
-``b * parts + i`` computes part i of sequence b. Otherwise (``parts`` is None) slots are numbered through the sequences,
-and parts are as short as ``shares`` slots allow, which are more than there are sequences: total / shares keys and some
-longer lengths are tried. As ceil(x) < x + 1, parts of total / (shares - batch) keys are long enough for any lengths.
+A slot is what the programs of one number compute: one for each key head and tile of rows. A part is the run of one
+sequence's keys that a slot computes. Lengths are known on the device only, so every program finds its parts there.
+
+Where all sequences have equally many slots (``parts``), slot ``b * parts + i`` computes part i of sequence b.
+
+Otherwise (``parts`` is None) the blocks of keys of all sequences lie behind each other on a line, which is cut into
+``shares`` slots of equally many blocks: a slot has the end of one sequence, then whole ones, then the beginning of
+another. A sequence without keys has a block, too: something says that there were none. Parts are numbered through:
+slot + sequence, which grows by one at every end of either, so that ``most_parts`` rows hold them all. Osama et al.:
+"Stream-K: Work-Centric Parallel Decomposition for Dense Matrix-Matrix Multiplication on the GPU" (2023).
 """
 
 from __future__ import annotations
@@ -16,8 +21,6 @@ import triton.language as tl
 
 from . import tiles
 
-_TRIED = tl.constexpr(8)  # lengths, from once to almost twice the shortest one
-
 
 class Part(NamedTuple):
     index: tl.tensor  # the number of its sequence
@@ -25,14 +28,18 @@ class Part(NamedTuple):
     count: tl.tensor  # parts of the sequence
     begin: tl.tensor  # its keys, counted from the first one of the sequence
     end: tl.tensor
-    exists: tl.tensor
 
 
-class Shares(NamedTuple):
-    """How slots are numbered through the sequences."""
+class Line(NamedTuple):
+    """The blocks of all sequences, behind each other."""
 
-    longest: tl.tensor  # the most blocks of keys of a part
-    slots: tl.tensor  # (ENTRIES,): of each sequence
+    blocks: tl.tensor  # (ENTRIES,): of each sequence; 0 for those that are none
+    length: tl.tensor  # of all
+    share: tl.tensor  # of a slot; int64, as are all numbers of blocks that are counted along the line
+
+
+def most_parts(batch: int, parts: int | None, shares: int) -> int:
+    return batch * parts if parts is not None else shares + batch - 1
 
 
 @triton.jit
@@ -54,80 +61,68 @@ def _span(index, exist, layout, variant, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _blocks(layout, variant, BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr):
-    """(blocks of keys that each sequence has, which of the ENTRIES are sequences)."""
+def _blocks(first, end, BLOCK_N: tl.constexpr):
+    """On the line."""
+    return tl.maximum(tl.cdiv(end - first, BLOCK_N), 1)
+
+
+@triton.jit
+def equal_part(slot, parts, layout, variant, BLOCK_N: tl.constexpr):
+    """(part of a slot, whether it has any), where every sequence has so many."""
+    index, number = slot // parts, slot % parts
+    first, end = _span(index, True, layout, variant, BLOCK_N)
+    share = tl.maximum(tl.cdiv(tl.cdiv(end - first, BLOCK_N), parts), 1) * BLOCK_N
+    count = tl.maximum(tl.cdiv(end - first, share), 1)
+    begin = first + number * share
+    return Part(index, number, count, begin, tl.minimum(begin + share, end)), number < count
+
+
+@triton.jit
+def line(layout, variant, shares, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr):
+    """``shares``: slots, each of which has SHORTEST keys at least, or none."""
     index = tl.arange(0, ENTRIES)
     exist = index < layout.batch
     first, end = _span(index, exist, layout, variant, BLOCK_N)
-    return tl.where(exist, tl.cdiv(end - first, BLOCK_N), 0), exist
+    blocks = tl.where(exist, _blocks(first, end, BLOCK_N), 0).to(tl.int64)
+    length = tl.sum(blocks, 0)
+    return Line(blocks, length, tl.maximum(tl.cdiv(length, shares), SHORTEST // BLOCK_N))
 
 
 @triton.jit
-def _longest(blocks, exist, batch, shares, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The most blocks of a part, so that all parts find a slot."""
-    total = tl.sum(blocks.to(tl.int64), 0)
-    least = tl.maximum(tl.cdiv(total, shares).to(tl.int32), SHORTEST // BLOCK_N)
-    enough = tl.maximum(tl.cdiv(total, shares - batch).to(tl.int32), least)
-    # (_TRIED,), and as many slots as each makes
-    tried = least + tl.cdiv(least * tl.arange(0, _TRIED), _TRIED)
-    slots = tl.where(exist[None, :], _slots(blocks[None, :], tried[:, None]), 0)
-    fits = tl.where(tl.sum(slots.to(tl.int64), 1) <= shares, tried, enough)
-    return tl.min(fits, 0)
+def sequences_of(slot, on):
+    """(first, behind the last, where the first one starts on the line) of the sequences that a slot has parts of."""
+    begin = slot * on.share
+    ends = tl.cumsum(on.blocks, 0)
+    before = ends <= begin  # those that are none, too, behind the line's end: there is no sequence then
+    within = (on.blocks > 0) & (ends - on.blocks < begin + on.share)
+    return tl.sum(before.to(tl.int32), 0), tl.sum(within.to(tl.int32), 0), tl.sum(tl.where(before, on.blocks, 0), 0)
 
 
 @triton.jit
-def _cut(index, number, slots, layout, variant, BLOCK_N: tl.constexpr):
-    """Part ``number`` of a sequence that has so many slots, not all of which must get one."""
+def part_of(slot, index, start, on, layout, variant, BLOCK_N: tl.constexpr):
+    """(part that a slot has of a sequence that starts there on the line, where the next sequence does)."""
     first, end = _span(index, True, layout, variant, BLOCK_N)
-    share = tl.maximum(tl.cdiv(tl.cdiv(end - first, BLOCK_N), slots), 1) * BLOCK_N
-    count = tl.maximum(tl.cdiv(end - first, share), 1)
-    begin = first + number * share
-    return Part(index, number, count, begin, tl.minimum(begin + share, end), number < count)
+    blocks = _blocks(first, end, BLOCK_N)
+    first_slot, count = _slots(start, blocks, on)
+    skipped = tl.maximum(slot * on.share - start, 0)
+    behind = tl.minimum((slot + 1) * on.share - start, blocks)
+    begin = first + skipped.to(tl.int32) * BLOCK_N
+    number = (slot - first_slot).to(tl.int32)
+    part = Part(index, number, count, begin, tl.minimum(first + behind.to(tl.int32) * BLOCK_N, end))
+    return part, start + blocks
 
 
 @triton.jit
-def _slots(blocks, longest):
-    """Of sequences with so many blocks: one at least, which also says so where there are no keys."""
-    return tl.maximum(tl.cdiv(blocks, longest), 1)
+def parts_of(index, on):
+    """(number of the first part, parts) of a sequence on the line."""
+    sequences = tl.arange(0, on.blocks.shape[0])
+    start = tl.sum(tl.where(sequences < index, on.blocks, 0), 0)
+    first_slot, count = _slots(start, tl.sum(tl.where(sequences == index, on.blocks, 0), 0), on)
+    return first_slot.to(tl.int32) + index, count
 
 
 @triton.jit
-def _part_of_sequence(index, number, longest, layout, variant, BLOCK_N: tl.constexpr):
-    first, end = _span(index, True, layout, variant, BLOCK_N)
-    return _cut(index, number, _slots(tl.cdiv(end - first, BLOCK_N), longest), layout, variant, BLOCK_N)
-
-
-@triton.jit
-def shared_out(
-    layout,
-    variant,
-    shares,
-    SHORTEST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    blocks, exist = _blocks(layout, variant, BLOCK_N, ENTRIES)
-    longest = _longest(blocks, exist, layout.batch, shares, SHORTEST, BLOCK_N)
-    return Shares(longest, tl.where(exist, _slots(blocks, longest), 0))
-
-
-@triton.jit
-def part_of(slot, parts, shares, layout, variant, BLOCK_N: tl.constexpr):
-    """The part that a slot computes, if any. ``shares``: of ``shared_out``, where sequences have not equally many."""
-    if parts is not None:
-        return _cut(slot // parts, slot % parts, parts, layout, variant, BLOCK_N)
-    else:
-        passed = tl.cumsum(shares.slots, 0) <= slot  # those that are no sequences, too, if slot is none
-        sequence, start = tl.sum(passed.to(tl.int32), 0), tl.sum(tl.where(passed, shares.slots, 0), 0)
-        exists = sequence < layout.batch
-        sequence = tl.minimum(sequence, layout.batch - 1)
-        part = _part_of_sequence(sequence, slot - start, shares.longest, layout, variant, BLOCK_N)
-        return Part(part.index, part.number, part.count, part.begin, part.end, exists & part.exists)
-
-
-@triton.jit
-def parts_of(sequence, shares, layout, variant, BLOCK_N: tl.constexpr):
-    """(first slot, parts) of a sequence, where slots are numbered through."""
-    earlier = tl.arange(0, shares.slots.shape[0]) < sequence
-    first = tl.sum(tl.where(earlier, shares.slots, 0), 0)
-    return first, _part_of_sequence(sequence, 0, shares.longest, layout, variant, BLOCK_N).count
+def _slots(start, blocks, on):
+    """(the first slot, slots) of what has so many blocks from there on."""
+    first = start // on.share
+    return first, ((start + blocks - 1) // on.share - first + 1).to(tl.int32)

@@ -279,7 +279,7 @@ def table_entries(start, end, sequence, layout, PAGE_SIZE: tl.constexpr, BLOCK_N
     if PAGE_SIZE % BLOCK_N != 0:
         start += tl.arange(0, BLOCK_N)
     column = tl.maximum(tl.minimum(start, end - 1), 0)
-    table_ptr = layout.block_table_ptr + sequence.index.to(tl.int64) * layout.stride_table
+    table_ptr = layout.block_table_ptr + tl.cast(sequence.index, tl.int64) * layout.stride_table
     entry = tl.minimum(column // PAGE_SIZE, layout.max_pages - 1)
     return tl.load(table_ptr + entry, mask=column < end, other=0)
 
