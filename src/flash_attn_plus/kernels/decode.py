@@ -109,21 +109,16 @@ def decode_kernel(
         # q before any length is known: both are on their way together.
         q_ptrs += tl.cast(slot // parts, tl.int64) * strides_q[0]
         q = tiles.load(q_ptrs, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
-        part, exists = splits.equal_part(slot, parts, layout, variant, BLOCK_N)
-        if parts_ptr is not None:
-            parts_ptr += (tl.cast(slot, tl.int64) * rows_q * heads + of.to_out) * of_part
-        if exists:
-            values, maximum, total = _attend(
-                *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP, PAGE_SIZE),
-                *(HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, WIDE),
-            )
-            if parts_ptr is None:
-                _write(part, values, maximum, total, of, out_ptr, lse_ptr, layout, variant, HEAD_DIM_V, BLOCK_DV)
-            else:
-                _keep(values, maximum, total, of, parts_ptr, HEAD_DIM_V, BLOCK_DV)
-        elif parts_ptr is not None:  # all of these are added up
-            nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            tl.store(parts_ptr + combine.maximum_of_part(HEAD_DIM_V), nothing, mask=of.exist)
+        part = splits.equal_part(slot, parts, layout, variant, BLOCK_N)
+        values, maximum, total = _attend(
+            *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP, PAGE_SIZE),
+            *(HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, WIDE),
+        )
+        if parts_ptr is None:
+            _write(part, values, maximum, total, of, out_ptr, lse_ptr, layout, variant, HEAD_DIM_V, BLOCK_DV)
+        else:
+            row_ptr = parts_ptr + (tl.cast(slot, tl.int64) * rows_q * heads + of.to_out) * of_part
+            _keep(values, maximum, total, of, row_ptr, HEAD_DIM_V, BLOCK_DV)
     else:
         on = splits.line(layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES)
         first, behind, start = splits.sequences_of(slot, on)
@@ -184,11 +179,11 @@ def _attend(
         total = tl.where(part.number == 0, total, 0.0)
     values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if layout.block_table_ptr is not None:  # three blocks ahead: the first keys wait for the table once, all together
-        pages_k = tiles.table_entries(part.begin, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
-        second = tiles.table_entries(part.begin + BLOCK_N, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
-        third = tiles.table_entries(part.begin + 2 * BLOCK_N, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
+        pages_k = tiles.table_entries(part.begin, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
+        second = tiles.table_entries(part.begin + part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
+        third = tiles.table_entries(part.begin + 2 * part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
         pages_k, second = tiles.pages_of(pages_k, layout), tl.maximum(second, 0)
-    for start in tl.range(part.begin, part.end, BLOCK_N):
+    for start in tl.range(part.begin, part.end, part.step):
         columns = start + tl.arange(0, BLOCK_N)
         if layout.block_table_ptr is None:
             k_ptrs = tiles.row_start(k_ptr, start, strides_k) + k_offsets
@@ -198,7 +193,7 @@ def _attend(
             v_ptrs = tiles.paged_tile(v_ptr, pages_k, start, strides_v, v_offsets, PAGE_SIZE, BLOCK_N)
             # Clamped on the way, one side in each turn: Triton starts no load early whose address was only passed on.
             pages_k, second = tl.minimum(second, layout.num_pages - 1), tl.maximum(third, 0)
-            third = tiles.table_entries(start + 3 * BLOCK_N, part.end, sequence, layout, PAGE_SIZE, BLOCK_N)
+            third = tiles.table_entries(start + 3 * part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
         # (BLOCK_N, BLOCK_D)
         k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, True)
         # (BLOCK_M, BLOCK_N)

@@ -1,9 +1,10 @@
 """How the keys of a batch are split among programs: work of equal size, whatever the lengths are.
 
-A slot is what the programs of one number compute: one for each key head and tile of rows. A part is the run of one
-sequence's keys that a slot computes. Lengths are known on the device only, so every program finds its parts there.
+A slot is what the programs of one number compute: one for each key head and tile of rows. A part is what a slot has of
+one sequence: blocks of keys. Lengths are known on the device only, so every program finds its parts there.
 
-Where all sequences have equally many slots (``parts``), slot ``b * parts + i`` computes part i of sequence b.
+Where all sequences have equally many slots (``parts``), slot ``b * parts + i`` has blocks i, i + parts, i + 2 * parts,
+... of sequence b: where the first one lies is known before any length is.
 
 Otherwise (``parts`` is None) the blocks of keys of all sequences lie behind each other on a line, which is cut into
 ``shares`` slots of equally many blocks: a slot has the end of one sequence, then whole ones, then the beginning of
@@ -28,6 +29,7 @@ class Part(NamedTuple):
     count: tl.tensor  # parts of the sequence
     begin: tl.tensor  # its keys, counted from the first one of the sequence
     end: tl.tensor
+    step: tl.tensor  # keys from one of its blocks to the next
 
 
 class Line(NamedTuple):
@@ -68,13 +70,10 @@ def _blocks(first, end, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def equal_part(slot, parts, layout, variant, BLOCK_N: tl.constexpr):
-    """(part of a slot, whether it has any), where every sequence has so many."""
+    """The part of a slot where every sequence has so many, some of which may have no keys."""
     index, number = slot // parts, slot % parts
     first, end = _span(index, True, layout, variant, BLOCK_N)
-    share = tl.maximum(tl.cdiv(tl.cdiv(end - first, BLOCK_N), parts), 1) * BLOCK_N
-    count = tl.maximum(tl.cdiv(end - first, share), 1)
-    begin = first + number * share
-    return Part(index, number, count, begin, tl.minimum(begin + share, end)), number < count
+    return Part(index, number, parts, first + number * BLOCK_N, end, parts * BLOCK_N)
 
 
 @triton.jit
@@ -107,9 +106,8 @@ def part_of(slot, index, start, on, layout, variant, BLOCK_N: tl.constexpr):
     skipped = tl.maximum(slot * on.share - start, 0)
     behind = tl.minimum((slot + 1) * on.share - start, blocks)
     begin = first + skipped.to(tl.int32) * BLOCK_N
-    number = (slot - first_slot).to(tl.int32)
-    part = Part(index, number, count, begin, tl.minimum(first + behind.to(tl.int32) * BLOCK_N, end))
-    return part, start + blocks
+    end = tl.minimum(first + behind.to(tl.int32) * BLOCK_N, end)
+    return Part(index, (slot - first_slot).to(tl.int32), count, begin, end, BLOCK_N), start + blocks
 
 
 @triton.jit

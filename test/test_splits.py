@@ -1,0 +1,148 @@
+"""Which keys a slot computes, by the functions that decoding and combining call, for lengths of every kind."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the kernels do not run: Triton is not installed")
+import triton.language as tl  # noqa: E402
+
+from flash_attn_plus.kernels import scores, splits, tiles  # noqa: E402
+
+UNWRITTEN = -7
+FIELDS = 6  # slot, sequence, number, count, begin, end
+
+
+@triton.jit
+def record(rows_ptr, row, slot, index, part):
+    tl.store(rows_ptr + row * 6 + 0, slot)
+    tl.store(rows_ptr + row * 6 + 1, index)
+    tl.store(rows_ptr + row * 6 + 2, part.number)
+    tl.store(rows_ptr + row * 6 + 3, part.count)
+    tl.store(rows_ptr + row * 6 + 4, part.begin)
+    tl.store(rows_ptr + row * 6 + 5, part.end)
+
+
+@triton.jit
+def line_kernel(
+    rows_ptr,  # (most_parts, FIELDS)
+    parts_ptr,  # (batch, 2): parts_of
+    lengths_ptr,
+    batch,
+    capacity,
+    shares,
+    left,
+    SHORTEST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    layout = tiles.Layout(
+        *(batch, 1, capacity, 1, None, None, None, lengths_ptr, None, None, None, None, None, None, batch, None, 0)
+    )
+    variant = scores.Variant(None, left, None)
+    on = splits.line(layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES)
+    slot = tl.program_id(0)
+    first, behind, start = splits.sequences_of(slot, on)
+    for index in tl.range(first, behind):
+        part, start = splits.part_of(slot, index, start, on, layout, variant, BLOCK_N)
+        record(rows_ptr, slot + index, slot, index, part)
+    if slot == 0:
+        for index in tl.range(0, batch):
+            number, count = splits.parts_of(index, on)
+            tl.store(parts_ptr + index * 2, number)
+            tl.store(parts_ptr + index * 2 + 1, count)
+
+
+@triton.jit
+def equal_kernel(rows_ptr, lengths_ptr, batch, capacity, parts, left, BLOCK_N: tl.constexpr):
+    layout = tiles.Layout(
+        *(batch, 1, capacity, 1, None, None, None, lengths_ptr, None, None, None, None, None, None, batch, None, 0)
+    )
+    slot = tl.program_id(0)
+    part = splits.equal_part(slot, parts, layout, scores.Variant(None, left, None), BLOCK_N)
+    record(rows_ptr, slot, slot, part.index, part)
+
+
+def lengths_of(draw: random.Random, batch: int, capacity: int) -> list[int]:
+    kind = draw.randrange(4)
+    if kind == 0:
+        return [0] * batch
+    if kind == 1:  # all but one are short
+        return [capacity if i == draw.randrange(batch) else draw.randrange(3) for i in range(batch)]
+    if kind == 2:
+        return [capacity] * batch
+    return [draw.randint(0, capacity) for _ in range(batch)]
+
+
+def seen(length: int, left: int | None, block: int) -> int:
+    """The first key that a query behind the last key sees, and those that share its block."""
+    return 0 if left is None else min(max(length - 1 - left, 0), length) // block * block
+
+
+def problems(count: int) -> list[tuple[int, int, list[int], int, int | None]]:
+    """(block, shortest part, lengths, slots, window to the left)"""
+    draw = random.Random(0)
+    found = []
+    for _ in range(count):
+        batch, block = draw.choice([1, 2, 3, 7, 17, 40]), draw.choice([16, 64])
+        capacity = draw.choice([1, block, 5 * block + 3, 40 * block])
+        lengths = lengths_of(draw, batch, capacity)
+        left = draw.choice([None, None, 0, 2 * block + 5])
+        found.append((block, block * draw.choice([1, 3]), lengths, draw.choice([1, 2, 5, 16, 33]), left))
+    return found
+
+
+@pytest.fixture
+def runs(device: str) -> str:
+    if device == "cpu":
+        import interpreter
+
+        interpreter.install()
+    return device
+
+
+def test_a_line_has_every_key_once_in_slots_of_equal_work(runs: str) -> None:
+    for block, shortest, lengths, slots, left in problems(40):
+        batch, capacity = len(lengths), max([1, *lengths])
+        most = splits.most_parts(batch, None, slots)
+        rows = torch.full((most, FIELDS), UNWRITTEN, dtype=torch.int32, device=runs)
+        parts = torch.full((batch, 2), UNWRITTEN, dtype=torch.int32, device=runs)
+        of_device = torch.tensor(lengths, dtype=torch.int32, device=runs)
+        entries = max(16, triton.next_power_of_2(batch))
+        line_kernel[(slots,)](rows, parts, of_device, batch, capacity, slots, left, shortest, block, entries)
+        what = (block, shortest, lengths, slots, left)
+
+        blocks = [max(1, -(-(length - seen(length, left, block)) // block)) for length in lengths]
+        share = max(-(-sum(blocks) // slots), shortest // block)
+        work = [0] * slots
+        for index, (length, (first, count)) in enumerate(zip(lengths, parts.tolist(), strict=True)):
+            end = seen(length, left, block)
+            for number in range(count):
+                slot, *row, part_end = rows[first + number].tolist()
+                assert row == [index, number, count, end], what
+                assert part_end > end or (length == 0 and count == 1), what
+                work[slot] += max(1, -(-(part_end - end) // block))
+                end = part_end
+            assert end == length, what
+        written = (rows != UNWRITTEN).all(1)
+        assert written.sum() == parts[:, 1].sum() and (written == (rows != UNWRITTEN).any(1)).all(), what
+        used = [blocks for blocks in work if blocks]
+        assert sum(used) == sum(blocks) and max(used) <= share and all(x == share for x in used[:-1]), what
+
+
+def test_equal_parts_have_every_key_once(runs: str) -> None:
+    for block, _, lengths, parts, left in problems(40):
+        batch, capacity = len(lengths), max([1, *lengths])
+        rows = torch.full((splits.most_parts(batch, parts, 0), FIELDS), UNWRITTEN, dtype=torch.int32, device=runs)
+        of_device = torch.tensor(lengths, dtype=torch.int32, device=runs)
+        equal_kernel[(batch * parts,)](rows, of_device, batch, capacity, parts, left, block)
+        for index, length in enumerate(lengths):
+            starts = []
+            for number in range(parts):
+                slot, *row, begin, end = rows[index * parts + number].tolist()
+                assert [slot, *row, end] == [index * parts + number, index, number, parts, length]
+                starts += range(begin, end, parts * block)
+            assert sorted(starts) == list(range(seen(length, left, block), length, block))
