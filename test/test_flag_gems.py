@@ -822,9 +822,9 @@ class TestContext:
             "compile": lambda: torch.compile(attend, backend="eager", fullgraph=True)(*tensors),
             "export": lambda: torch.export.export(attend, tensors),
         }
-        # Dynamo has an error of its own for it, with this one's message in it.
+        # Dynamo has an error of its own for it, with this one's message in it, or, in PyTorch 2.11, its class.
         with (
-            pytest.raises(Exception, match="backend: expected no higher-order operator"),
+            pytest.raises(Exception, match="backend: expected no higher-order operator|'NotImplementedError'"),
             fap.use_backend("flag_gems"),
         ):
             run[how]()

@@ -62,7 +62,10 @@ def run(*parts: str, interpret: bool = False) -> str:
     """What a process of its own prints."""
     paths = os.pathsep.join([str(SOURCE), str(ROOT / "test")])
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment = {**kept, "PYTHONPATH": paths, **({"TRITON_INTERPRET": "1"} if interpret else {})}
+    # Where there is a GPU, Triton has a driver, which is not the stand-in's.
+    environment = {**kept, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-c", "".join(parts)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
