@@ -824,7 +824,7 @@ class TestContext:
         }
         # Dynamo has an error of its own for it, with this one's message in it, or, in PyTorch 2.11, its class.
         with (
-            pytest.raises(Exception, match="backend: expected no higher-order operator|'NotImplementedError'"),
+            pytest.raises(Exception, match=r"backend: expected no higher-order operator|'NotImplementedError'"),
             fap.use_backend("flag_gems"),
         ):
             run[how]()

@@ -10,6 +10,7 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels do not run: Triton is not installed")
 import triton.language as tl  # noqa: E402
 
+from flash_attn_plus import plan  # noqa: E402
 from flash_attn_plus.kernels import scores, splits, tiles  # noqa: E402
 
 UNWRITTEN = -7
@@ -146,3 +147,60 @@ def test_equal_parts_have_every_key_once(runs: str) -> None:
                 assert [slot, *row, end] == [index * parts + number, index, number, parts, length]
                 starts += range(begin, end, parts * block)
             assert sorted(starts) == list(range(seen(length, left, block), length, block))
+
+
+@pytest.mark.parametrize("right", [None, 0, 5, 40])
+@pytest.mark.parametrize("left", [None, 0, 9, 70])
+@pytest.mark.parametrize("diagonal", [None, -3, 0, 60])
+def test_no_sequence_sees_more_keys_than_planned_for(diagonal: int | None, left: int | None, right: int | None) -> None:
+    """By the definition of the band: what any of the queries sees, from the start of its first block on."""
+    capacity, block = 150, 16
+    for rows in (1, 4):
+        found, planned = 0, splits.most_seen(capacity, rows, diagonal, left, right, block)
+        for length in range(capacity + 1):
+            middle = length - rows if diagonal is None else diagonal
+            seen = [
+                key
+                for key in range(length)
+                for row in range(rows)
+                if (left is None or key >= row + middle - left) and (right is None or key <= row + middle + right)
+            ]
+            if seen:
+                found = max(found, max(seen) + 1 - (0 if left is None else min(seen) // block * block))
+        assert found <= planned <= capacity
+        if diagonal is None and left is not None:
+            assert planned - found < block  # no more than it must be
+
+
+FIT = 16
+
+
+@pytest.mark.parametrize(
+    "batch, keys, equal, expected",
+    [
+        (1, 8192, False, (16, 0)),
+        (1, 300, False, (3, 0)),
+        (8, 8192, True, (2, 0)),
+        (8, 8192, False, (None, 16)),
+        (8, 128, False, (1, 0)),  # a part has as many keys at least
+        (4, 500, False, (4, 0)),
+        (2, 600, False, (5, 0)),
+        (3, 900, False, (None, 16)),
+        (12, 8192, True, (None, 16)),  # a slot each would leave four without
+        (15, 8192, True, (1, 0)),
+        (20, 8192, True, (None, 16)),
+        (63, 8192, False, (None, 16)),
+        (64, 8192, False, (1, 0)),
+        (8, 2**31, False, (2, 0)),  # more blocks than 32 bits are sure to count
+        (10**6, 8192, False, (1, 0)),
+    ],
+)
+def test_slots_fill_the_processors(batch: int, keys: int, equal: bool, expected: tuple[int | None, int]) -> None:
+    tile = plan.DecodePlan(128, 4, 3, 1, 128)
+    assert plan.splits(plan.DecodeRow(tile, tile), FIT, batch, keys, 0, equal) == expected
+
+
+def test_more_programs_than_processors_are_not_split() -> None:
+    tile = plan.DecodePlan(128, 4, 3, 1, 128)
+    for batch, equal in ((1, False), (3, False), (3, True)):
+        assert plan.splits(plan.DecodeRow(tile, tile), 0, batch, 8192, 0, equal) == (1, 0)

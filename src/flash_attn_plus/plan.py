@@ -370,17 +370,23 @@ MOST_SPLITS = 128  # that are asked for: their results are kept until they are c
 
 # Sequences for every slot, from which on each has a program of its own: their lengths even out.
 _MANY = 4
+# Keys of a batch whose blocks, of 16 keys at least, 32 bits count.
+_COUNTED = 2**34
 
 
-def splits(row: DecodeRow, fit: int, batch: int, capacity: int, num_splits: int, equal: bool) -> Splits:
-    """How the keys of a batch are split where ``fit`` slots run together; ``equal``: sequences have as many keys."""
+def splits(row: DecodeRow, fit: int, batch: int, keys: int, num_splits: int, equal: bool) -> Splits:
+    """How the keys of a batch are split where ``fit`` slots run together.
+
+    ``keys``: the most that are seen of a sequence; ``equal``: as many are seen of about every one.
+    """
     if num_splits > 0:
-        return Splits(max(1, min(num_splits, MOST_SPLITS, -(-capacity // row.split.BLOCK_N))), 0)
-    most = max(1, -(-capacity // row.split.shortest))
+        return Splits(max(1, min(num_splits, MOST_SPLITS, -(-keys // row.split.BLOCK_N))), 0)
+    most = max(1, -(-keys // row.split.shortest))
     parts = min(max(1, fit // batch), most)
-    if batch == 1 or parts == most or batch >= _MANY * fit or (equal and _even(batch * parts, fit)):
+    alone = batch == 1 or parts == most or batch >= _MANY * fit or (equal and _even(batch * parts, fit))
+    if alone or batch * keys >= _COUNTED:
         return Splits(parts, 0)
-    return Splits(None, min(fit, batch * most))
+    return Splits(None, fit)
 
 
 def _even(slots: int, fit: int) -> bool:

@@ -287,9 +287,11 @@ class Decode(Prepared):
         )
         block_d, block_dv = plan.block_dims(head_dim, head_dim_v)
         programs = -(-rows_q * group // block_m) * heads_k  # that share a slot
-        equal = cache.cache_seqlens is None and cache.cache_leftpad is None
+        of_call = self._variant(q, variant)
+        seen = splits.most_seen(capacity, rows_q, *of_call[:3], row.split.BLOCK_N)
+        full = cache.cache_seqlens is None and cache.cache_leftpad is None
         fit = row.split.programs * device.processors(q.device) // programs
-        cut = plan.splits(row, fit, batch, capacity, num_splits, equal)
+        cut = plan.splits(row, fit, batch, seen, num_splits, full or 4 * seen <= capacity)
         chosen = row.whole if cut.parts == 1 else row.split
         of_pages = row.split_pages
         if chosen is row.split and of_pages is not None and self.paged and page_size == of_pages.BLOCK_N:
@@ -298,7 +300,6 @@ class Decode(Prepared):
         entries = max(16, triton.next_power_of_2(batch)) if cut.parts is None else 16  # lengths that splits.py reads
 
         self.parts = None
-        of_call = self._variant(q, variant)
         if cut.parts != 1:
             of_head = combine.row_of_part(head_dim_v)
             most = splits.most_parts(batch, *cut)
@@ -310,7 +311,7 @@ class Decode(Prepared):
                 *((of_part, of_batch, of_row, of_head), None),
                 *(batch, rows_q, heads, cut.parts, (capacity, cache.seqlen_new, cut.shares), of_call[:3]),
             )
-            most = cut.parts or min(cut.shares, -(-capacity // chosen.BLOCK_N))  # of a sequence
+            most = cut.parts or min(cut.shares, -(-seen // chosen.BLOCK_N))  # of a sequence
             self.combine = combine.launch(
                 q.device,
                 batch * rows_q,

@@ -37,11 +37,19 @@ class Line(NamedTuple):
 
     blocks: tl.tensor  # (ENTRIES,): of each sequence; 0 for those that are none
     length: tl.tensor  # of all
-    share: tl.tensor  # of a slot; int64, as are all numbers of blocks that are counted along the line
+    share: tl.tensor  # of a slot
 
 
 def most_parts(batch: int, parts: int | None, shares: int) -> int:
     return batch * parts if parts is not None else shares + batch - 1
+
+
+def most_seen(capacity: int, rows_q: int, diagonal: int | None, left: int | None, right: int | None, block: int) -> int:
+    """The most keys that ``_span`` finds in a sequence of any length."""
+    if left is None or (diagonal is not None and right is None):
+        return capacity
+    behind = 0 if diagonal is None else right  # the last query sees no more than the last key
+    return min(capacity, left + rows_q + behind + block - 1)
 
 
 @triton.jit
@@ -82,7 +90,7 @@ def line(layout, variant, shares, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr,
     index = tl.arange(0, ENTRIES)
     exist = index < layout.batch
     first, end = _span(index, exist, layout, variant, BLOCK_N)
-    blocks = tl.where(exist, _blocks(first, end, BLOCK_N), 0).to(tl.int64)
+    blocks = tl.where(exist, _blocks(first, end, BLOCK_N), 0)  # fewer than 2**31 altogether: plan.splits
     length = tl.sum(blocks, 0)
     return Line(blocks, length, tl.maximum(tl.cdiv(length, shares), SHORTEST // BLOCK_N))
 
@@ -105,9 +113,8 @@ def part_of(slot, index, start, on, layout, variant, BLOCK_N: tl.constexpr):
     first_slot, count = _slots(start, blocks, on)
     skipped = tl.maximum(slot * on.share - start, 0)
     behind = tl.minimum((slot + 1) * on.share - start, blocks)
-    begin = first + skipped.to(tl.int32) * BLOCK_N
-    end = tl.minimum(first + behind.to(tl.int32) * BLOCK_N, end)
-    return Part(index, (slot - first_slot).to(tl.int32), count, begin, end, BLOCK_N), start + blocks
+    part_end = tl.minimum(first + behind * BLOCK_N, end)
+    return Part(index, slot - first_slot, count, first + skipped * BLOCK_N, part_end, BLOCK_N), start + blocks
 
 
 @triton.jit
@@ -116,11 +123,11 @@ def parts_of(index, on):
     sequences = tl.arange(0, on.blocks.shape[0])
     start = tl.sum(tl.where(sequences < index, on.blocks, 0), 0)
     first_slot, count = _slots(start, tl.sum(tl.where(sequences == index, on.blocks, 0), 0), on)
-    return first_slot.to(tl.int32) + index, count
+    return first_slot + index, count
 
 
 @triton.jit
 def _slots(start, blocks, on):
     """(the first slot, slots) of what has so many blocks from there on."""
     first = start // on.share
-    return first, ((start + blocks - 1) // on.share - first + 1).to(tl.int32)
+    return first, (start + blocks - 1) // on.share - first + 1
