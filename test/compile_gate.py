@@ -94,7 +94,7 @@ def rotation_launches(kind: str, dtype: torch.dtype, dims: tuple[int, int]) -> I
 def decode_launches(kind: str, dtype: torch.dtype, dim: int) -> Iterator[tuple[str, NamedTuple | None, Launch]]:
     """One query, or many rows in one tile, against a cache in pages or not, of lengths that are known on the device;
     and new keys into it."""
-    batch, heads, capacity = 3, 8, 4096
+    batch, heads, capacity = 3, 8, 65536
     slopes, sink = torch.empty(heads), torch.empty(heads)
     rows = {"rows": 16}.get(kind, 1)
     q, new = torch.empty(batch, rows, heads, dim, dtype=dtype), torch.empty(batch, 1, 1, dim, dtype=dtype)
@@ -105,22 +105,27 @@ def decode_launches(kind: str, dtype: torch.dtype, dim: int) -> Iterator[tuple[s
         caches = caches.view(-1, page_size, 1, dim)
         table = torch.zeros(batch, capacity // page_size, dtype=torch.int32)
     variant = {
-        "window": Variant(causal=True, window_left=1000),
+        "window": Variant(causal=True, window_left=30000),
         "options": Variant(causal=True, softcap=3.0, alibi_slopes=slopes, sink=sink),
     }.get(kind, Variant())
     arguments_of_call = (q, caches, caches, Cache(lengths, 1, block_table=table), variant, 0)
     prepared = decode.Decode(*arguments_of_call)
+    assert prepared.cut.parts is None, prepared.cut
     for _ in range(2):
         prepared(*arguments_of_call)
     row = plan.decode(device.architecture(q.device), q.element_size(), dim)
     split = row.split_pages if kind == "pages_64" and row.split_pages is not None else row.split
     yield "decode", split, prepared.launch
     yield "combine", None, prepared.combine
-    one_part = (*arguments_of_call[:5], 1)
-    prepared = decode.Decode(*one_part)
-    for _ in range(2):
-        prepared(*one_part)
-    yield "decode, whole", row.whole, prepared.launch
+    for name, parts, tiles in (("decode, equal", 5, split), ("decode, whole", 1, row.whole)):
+        in_parts = (*arguments_of_call[:5], parts)
+        prepared = decode.Decode(*in_parts)
+        assert prepared.cut.parts == parts, prepared.cut
+        for _ in range(2):
+            prepared(*in_parts)
+        yield name, tiles, prepared.launch
+        if parts > 1:
+            yield "combine, equal", None, prepared.combine
     for cos in (None, torch.empty(capacity, dim // 2, dtype=dtype)):
         arguments_of_call = (caches, caches, new, new, New(lengths, None, table, cos, cos, kind != "paged"))
         prepared = append.Append(*arguments_of_call)

@@ -340,7 +340,7 @@ def decode_cases() -> Iterator:
 @pytest.mark.parametrize("arch, size, kind, triton", list(decode_cases()))
 def test_every_row_of_decoding_compiles(arch, size, kind, triton):
     rows = compiled(arch, "decode", kind, size, triton)
-    passes = ["decode", "combine", "decode, whole", "append", "append, rotated"]
+    passes = ["decode", "combine", "decode, equal", "combine, equal", "decode, whole", "append", "append, rotated"]
     assert [(row["dim"], row["pass"]) for row in rows] == list(itertools.product((64, 128, 256), passes))
     for row in rows:
         assert row["stack"] <= max(16, DECODE_SPILLS.get((arch, size, row["dim"], kind), 0)), row

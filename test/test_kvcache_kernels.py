@@ -7,6 +7,7 @@ lengths that the device knows, tiles that end inside of pages, lengths and numbe
 from __future__ import annotations
 
 import importlib
+import itertools
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,9 +51,9 @@ combine, decode = (importlib.import_module(f"flash_attn_plus.kernels.{name}") fo
 OPS = torch.ops.flash_attn_plus
 # What the interpreter runs with: blocks and parts smaller than the problems, fewer and more programs than parts.
 TILES = [
-    DecodePlan(16, 4, 1, programs=3, shortest=16),
-    DecodePlan(16, 4, 1, programs=12, shortest=48),
-    DecodePlan(32, 4, 1, programs=24, shortest=32),
+    DecodePlan(16, 4, 1, programs=6, shortest=16),
+    DecodePlan(16, 4, 1, programs=8, shortest=48),
+    DecodePlan(32, 4, 1, programs=12, shortest=32),
 ]
 WHOLE = [DecodePlan(block_n, 4, 1, programs=0, shortest=block_n) for block_n in (32, 64)]  # nothing is split
 PREFILL_TILES = Plan(64, 32, 4, 1)
@@ -94,12 +95,12 @@ def interpreted_rotary(problem: Appending) -> Tensor:
 
 
 @pytest.fixture
-def tiles(monkeypatch, device: str) -> Callable[[DecodePlan], None]:
-    """Sets the interpreter's tiles; a GPU keeps its plans."""
+def tiles(monkeypatch, device: str) -> Callable[..., None]:
+    """Sets the interpreter's tiles, and those for pages as long as these; a GPU keeps its plans."""
 
-    def choose(chosen: DecodePlan) -> None:
+    def choose(chosen: DecodePlan, of_pages: DecodePlan | None = None) -> None:
         if device == "cpu":
-            monkeypatch.setattr(plan, "decode", lambda *problem: DecodeRow(chosen, chosen))
+            monkeypatch.setattr(plan, "decode", lambda *problem: DecodeRow(chosen, chosen, of_pages))
             monkeypatch.setattr(plan, "forward", lambda problem: PREFILL_TILES)
 
     return choose
@@ -107,6 +108,67 @@ def tiles(monkeypatch, device: str) -> Callable[[DecodePlan], None]:
 
 def drawn(name: str) -> int:
     return zlib.crc32(name.encode())
+
+
+_RAGGED = {"lengths": (140, 0, 7, 60, 1, 33), "capacity": 150}
+LINE = [
+    Case("line", **_RAGGED),
+    Case("line_queries", seqlen_q=3, causal=True, **_RAGGED),
+    Case("line_new", seqlen_new=2, sink="h", **_RAGGED),
+    Case("line_window", window=(40, -1), sink="bh", **_RAGGED),
+    Case("line_diagonal", window=(-1, 3), diagonal=50, alibi="bh", **_RAGGED),
+    Case("line_softcap", softcap=2.0, alibi="h", dim=59, dim_v=17, **_RAGGED),
+    Case("line_leftpad", leftpad=(20, 0, 7, 3, 0, 32), batch_idx=(5, 0, 3, 3, 7, 1), caches=8, **_RAGGED),
+    Case("line_no_keys", lengths=(0, 0, 0, 0), capacity=150, sink="bh"),
+    Case("line_last", lengths=(0, 0, 0, 150), capacity=150, heads=2, heads_k=2),
+    *(Case(f"line_pages_{n}", page_size=n, sink="h", window=(70, -1), **_RAGGED) for n in (3, 16, 48)),
+]
+
+
+class TestLine:
+    """Slots that go through several sequences."""
+
+    @pytest.mark.parametrize(
+        "case, slots",
+        [*itertools.product(LINE, (2, 5, 7)), (Case("line_equal", lengths=None, batch=6, capacity=70), 5)],
+        ids=str,
+    )
+    def test_agrees_with_the_oracle(self, case: Case, slots: int, device: str, tiles, monkeypatch) -> None:
+        found, splits = [], plan.splits
+        monkeypatch.setattr(plan, "splits", lambda *problem: found.append(splits(*problem)) or found[-1])
+        # Pages of 16 have tiles of their own: parts are then counted in these.
+        of_pages = DecodePlan(16, 4, 1, programs=0, shortest=32)
+        tiles(DecodePlan(32, 4, 1, programs=slots * case.heads_k, shortest=32), of_pages)
+        dtype = DTYPES[drawn(case.name) % len(DTYPES)]
+        check_decoding(case.decoding(device, dtype), case.name, interpreted)
+        assert device != "cpu" or found == [(None, slots)]
+
+    @pytest.mark.parametrize(
+        "options, keys, equal",
+        [
+            ({}, 150, False),
+            ({"lengths": None, "batch": 6}, 150, True),
+            ({"lengths": None, "batch": 6, "leftpad": (0, 1, 2, 3, 4, 5)}, 150, False),
+            ({"window": (40, -1)}, 40 + 1 + 15, False),
+            ({"window": (20, 0)}, 20 + 1 + 15, True),  # four times as short as the cache
+            ({"window": (20, 0), "seqlen_q": 4}, 20 + 4 + 15, False),
+            ({"window": (-1, 20)}, 150, False),
+            ({"window": (2, -1), "diagonal": 9}, 150, False),
+            ({"window": (2, 5), "diagonal": 9}, 2 + 1 + 5 + 15, True),
+            ({"page_size": 10}, 160, False),
+        ],
+        ids=str,
+    )
+    def test_is_planned_by_what_is_seen(self, options, keys, equal, device: str, tiles, monkeypatch) -> None:
+        if device != "cpu":
+            pytest.skip("tiles are those of a plan")
+        found, splits = [], plan.splits
+        monkeypatch.setattr(plan, "splits", lambda *problem: found.append(problem) or splits(*problem))
+        tiles(DecodePlan(16, 4, 1, programs=8, shortest=16))
+        problem = Case("planned", **{**_RAGGED, **options}).decoding()
+        decode.prepare(*problem[:3], problem.cache, problem.variant, problem.num_splits)
+        [(_, room, programs, batch, *rest)] = found
+        assert (room, programs, batch, *rest) == (8, 2, 6, keys, 0, equal)
 
 
 class TestDecode:

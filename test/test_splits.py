@@ -14,17 +14,19 @@ from flash_attn_plus import plan  # noqa: E402
 from flash_attn_plus.kernels import scores, splits, tiles  # noqa: E402
 
 UNWRITTEN = -7
-FIELDS = 6  # slot, sequence, number, count, begin, end
+FIELDS = 7  # slot, sequence, number, count, begin, end, step
 
 
 @triton.jit
 def record(rows_ptr, row, slot, index, part):
-    tl.store(rows_ptr + row * 6 + 0, slot)
-    tl.store(rows_ptr + row * 6 + 1, index)
-    tl.store(rows_ptr + row * 6 + 2, part.number)
-    tl.store(rows_ptr + row * 6 + 3, part.count)
-    tl.store(rows_ptr + row * 6 + 4, part.begin)
-    tl.store(rows_ptr + row * 6 + 5, part.end)
+    rows_ptr += row * 7
+    tl.store(rows_ptr, slot)
+    tl.store(rows_ptr + 1, index)
+    tl.store(rows_ptr + 2, part.number)
+    tl.store(rows_ptr + 3, part.count)
+    tl.store(rows_ptr + 4, part.begin)
+    tl.store(rows_ptr + 5, part.end)
+    tl.store(rows_ptr + 6, part.step)
 
 
 @triton.jit
@@ -72,7 +74,8 @@ def lengths_of(draw: random.Random, batch: int, capacity: int) -> list[int]:
     if kind == 0:
         return [0] * batch
     if kind == 1:  # all but one are short
-        return [capacity if i == draw.randrange(batch) else draw.randrange(3) for i in range(batch)]
+        long = draw.randrange(batch)
+        return [capacity if i == long else min(draw.randrange(3), capacity) for i in range(batch)]
     if kind == 2:
         return [capacity] * batch
     return [draw.randint(0, capacity) for _ in range(batch)]
@@ -122,8 +125,8 @@ def test_a_line_has_every_key_once_in_slots_of_equal_work(runs: str) -> None:
         for index, (length, (first, count)) in enumerate(zip(lengths, parts.tolist(), strict=True)):
             end = seen(length, left, block)
             for number in range(count):
-                slot, *row, part_end = rows[first + number].tolist()
-                assert row == [index, number, count, end], what
+                slot, *row, part_end, step = rows[first + number].tolist()
+                assert [*row, step] == [index, number, count, end, block], what
                 assert part_end > end or (length == 0 and count == 1), what
                 work[slot] += max(1, -(-(part_end - end) // block))
                 end = part_end
@@ -143,9 +146,9 @@ def test_equal_parts_have_every_key_once(runs: str) -> None:
         for index, length in enumerate(lengths):
             starts = []
             for number in range(parts):
-                slot, *row, begin, end = rows[index * parts + number].tolist()
+                slot, *row, begin, end, step = rows[index * parts + number].tolist()
                 assert [slot, *row, end] == [index * parts + number, index, number, parts, length]
-                starts += range(begin, end, parts * block)
+                starts += range(begin, end, step)
             assert sorted(starts) == list(range(seen(length, left, block), length, block))
 
 
@@ -172,35 +175,34 @@ def test_no_sequence_sees_more_keys_than_planned_for(diagonal: int | None, left:
             assert planned - found < block  # no more than it must be
 
 
-FIT = 16
+TILE = plan.DecodePlan(128, 4, 3, 1, 128)
 
 
 @pytest.mark.parametrize(
-    "batch, keys, equal, expected",
+    "programs, batch, keys, equal, expected",
     [
-        (1, 8192, False, (16, 0)),
-        (1, 300, False, (3, 0)),
-        (8, 8192, True, (2, 0)),
-        (8, 8192, False, (None, 16)),
-        (8, 128, False, (1, 0)),  # a part has as many keys at least
-        (4, 500, False, (4, 0)),
-        (2, 600, False, (5, 0)),
-        (3, 900, False, (None, 16)),
-        (12, 8192, True, (None, 16)),  # a slot each would leave four without
-        (15, 8192, True, (1, 0)),
-        (20, 8192, True, (None, 16)),
-        (63, 8192, False, (None, 16)),
-        (64, 8192, False, (1, 0)),
-        (8, 2**31, False, (2, 0)),  # more blocks than 32 bits are sure to count
-        (10**6, 8192, False, (1, 0)),
+        (8, 1, 8192, False, (16, 0)),
+        (8, 1, 300, False, (3, 0)),
+        (8, 8, 8192, True, (2, 0)),
+        (8, 8, 8192, False, (None, 16)),
+        (8, 8, 128, False, (1, 0)),  # a part has as many keys at least
+        (8, 4, 500, False, (4, 0)),
+        (8, 3, 900, False, (None, 16)),
+        (8, 12, 8192, True, (None, 16)),  # a slot each would leave 36 processors without work
+        (8, 15, 8192, True, (1, 0)),
+        (8, 20, 8192, True, (None, 16)),
+        (8, 63, 8192, False, (None, 16)),
+        (8, 64, 8192, False, (1, 0)),
+        (8, 8, 2**31, False, (2, 0)),  # more blocks than 32 bits are sure to count
+        (8, 10**6, 8192, False, (1, 0)),
+        (32, 3, 8192, True, (None, 4)),
+        (48, 3, 8192, False, (1, 0)),  # a line would leave 36 processors without work
+        (48, 5, 8192, True, (1, 0)),
+        (100, 3, 8192, False, (1, 0)),  # a line of one slot is no line
+        (128, 3, 8192, False, (1, 0)),
+        (200, 1, 8192, False, (1, 0)),
+        (200, 3, 8192, True, (1, 0)),
     ],
 )
-def test_slots_fill_the_processors(batch: int, keys: int, equal: bool, expected: tuple[int | None, int]) -> None:
-    tile = plan.DecodePlan(128, 4, 3, 1, 128)
-    assert plan.splits(plan.DecodeRow(tile, tile), FIT, batch, keys, 0, equal) == expected
-
-
-def test_more_programs_than_processors_are_not_split() -> None:
-    tile = plan.DecodePlan(128, 4, 3, 1, 128)
-    for batch, equal in ((1, False), (3, False), (3, True)):
-        assert plan.splits(plan.DecodeRow(tile, tile), 0, batch, 8192, 0, equal) == (1, 0)
+def test_slots_fill_the_processors(programs: int, batch: int, keys: int, equal: bool, expected: tuple) -> None:
+    assert plan.splits(plan.DecodeRow(TILE, TILE), 132, programs, batch, keys, 0, equal) == expected

@@ -368,30 +368,34 @@ class Splits(NamedTuple):
 MOST_SPLITS = 128  # that are asked for: their results are kept until they are combined
 
 
-# Sequences for every slot, from which on each has a program of its own: their lengths even out.
+# Sequences for every slot of a line, from which on each has a program of its own: their lengths even out.
 _MANY = 4
 # Keys of a batch whose blocks, of 16 keys at least, 32 bits count.
 _COUNTED = 2**34
 
 
-def splits(row: DecodeRow, fit: int, batch: int, keys: int, num_splits: int, equal: bool) -> Splits:
-    """How the keys of a batch are split where ``fit`` slots run together.
+def splits(row: DecodeRow, room: int, programs: int, batch: int, keys: int, num_splits: int, equal: bool) -> Splits:
+    """How the keys of a batch are split.
 
-    ``keys``: the most that are seen of a sequence; ``equal``: as many are seen of about every one.
+    ``room``: programs that run together; ``programs``: of a slot. ``keys``: the most that are seen of a sequence;
+    ``equal``: as many are seen of about every one.
     """
     if num_splits > 0:
         return Splits(max(1, min(num_splits, MOST_SPLITS, -(-keys // row.split.BLOCK_N))), 0)
     most = max(1, -(-keys // row.split.shortest))
+    fit = room // programs
     parts = min(max(1, fit // batch), most)
-    alone = batch == 1 or parts == most or batch >= _MANY * fit or (equal and _even(batch * parts, fit))
-    if alone or batch * keys >= _COUNTED:
+    if batch == 1 or parts == most or batch >= _MANY * fit or batch * keys >= _COUNTED:
+        return Splits(parts, 0)
+    of_line, of_parts = _filled(fit * programs, room), _filled(batch * parts * programs, room)
+    if fit == 1 or of_line < 0.8 or (equal and of_parts > 0.9 * of_line):
         return Splits(parts, 0)
     return Splits(None, fit)
 
 
-def _even(slots: int, fit: int) -> bool:
-    """Whether hardly a processor is without work while the last slots run."""
-    return slots >= 0.9 * fit * -(-slots // fit)
+def _filled(programs: int, room: int) -> float:
+    """The part of the processors' time that has work, where all programs have as much."""
+    return programs / (room * -(-programs // room))
 
 
 # Anything that Triton compiles for: small enough for the smallest.

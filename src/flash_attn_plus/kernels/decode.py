@@ -27,8 +27,7 @@ class Rows(NamedTuple):
     """The rows of a tile."""
 
     first: tl.tensor  # the number of the first one
-    numbers: tl.tensor  # (BLOCK_M,), as all below
-    exist: tl.tensor
+    exist: tl.tensor  # (BLOCK_M,), as all below
     heads_q: tl.tensor
     queries: tl.tensor
     to_out: tl.tensor  # rows of out from the sequence's first one
@@ -100,7 +99,7 @@ def decode_kernel(
     # Rows are the queries' heads: GROUP of one query, then GROUP of the next.
     rows = first_row + tl.arange(0, BLOCK_M)
     queries, heads_q = rows // GROUP, head_k * GROUP + rows % GROUP
-    of = Rows(first_row, rows, rows < rows_q * GROUP, heads_q, queries, (queries * heads + heads_q).to(tl.int64))
+    of = Rows(first_row, rows < rows_q * GROUP, heads_q, queries, (queries * heads + heads_q).to(tl.int64))
     # (BLOCK_M, BLOCK_D)
     q_rows = queries.to(tl.int64) * strides_q[1] + heads_q.to(tl.int64) * strides_q[2]
     q_ptrs = q_ptr + q_rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
@@ -290,8 +289,9 @@ class Decode(Prepared):
         of_call = self._variant(q, variant)
         seen = splits.most_seen(capacity, rows_q, *of_call[:3], row.split.BLOCK_N)
         full = cache.cache_seqlens is None and cache.cache_leftpad is None
-        fit = row.split.programs * device.processors(q.device) // programs
-        cut = plan.splits(row, fit, batch, seen, num_splits, full or 4 * seen <= capacity)
+        room = row.split.programs * device.processors(q.device)
+        # Windows that are short beside the cache are about as long in all sequences.
+        self.cut = cut = plan.splits(row, room, programs, batch, seen, num_splits, full or 4 * seen <= capacity)
         chosen = row.whole if cut.parts == 1 else row.split
         of_pages = row.split_pages
         if chosen is row.split and of_pages is not None and self.paged and page_size == of_pages.BLOCK_N:

@@ -4,7 +4,7 @@ A slot is what the programs of one number compute: one for each key head and til
 one sequence: blocks of keys. Lengths are known on the device only, so every program finds its parts there.
 
 Where all sequences have equally many slots (``parts``), slot ``b * parts + i`` has blocks i, i + parts, i + 2 * parts,
-... of sequence b: where the first one lies is known before any length is.
+... of sequence b: where the first one lies is known before any length is, unless a window ends on its left.
 
 Otherwise (``parts`` is None) the blocks of keys of all sequences lie behind each other on a line, which is cut into
 ``shares`` slots of equally many blocks: a slot has the end of one sequence, then whole ones, then the beginning of
