@@ -315,16 +315,64 @@ def test_the_rotation_compiles(arch, size, kind, triton):
 # Kinds of test/compile_gate.py: one query and 4 in pages or not, with options, and many rows in a tile.
 DECODE_KINDS = ("plain", "paged", "pages_64", "small_pages", "window", "options", "rows")
 
-# As SPILLS; 16 bytes of masks everywhere.
+# As SPILLS, by kind, of any of its kernels; 16 bytes of masks everywhere. A slot that goes through several sequences has
+# more to keep than one with a sequence of its own.
 DECODE_SPILLS = {
-    ("sm_90", 2, 128, "rows"): 56,
-    ("sm_100", 2, 128, "rows"): 24,
-    ("sm_100", 2, 256, "rows"): 24,
-    ("sm_100", 4, 256, "options"): 24,
-    ("sm_120", 2, 64, "rows"): 40,
-    ("gfx1100", 2, 256, "rows"): 60,
-    **{("gfx1100", 4, 128, kind): 96 for kind in DECODE_KINDS},
-    **{("gfx1100", 4, 256, kind): 852 for kind in DECODE_KINDS},
+    ("sm_80", 2, 64): {"rows": 24},
+    ("sm_80", 2, 128): {"rows": 48},
+    ("sm_80", 2, 256): {"small_pages": 88, "rows": 80},
+    ("sm_90", 2, 128): {"window": 24, "options": 32, "rows": 40},
+    ("sm_90", 2, 256): {
+        "plain": 40,
+        "paged": 32,
+        "pages_64": 40,
+        "small_pages": 72,
+        "window": 40,
+        "options": 48,
+        "rows": 48,
+    },
+    ("sm_100", 2, 64): {"rows": 48},
+    ("sm_100", 2, 128): {"paged": 24},
+    ("sm_100", 2, 256): {"plain": 24, "small_pages": 56, "window": 40, "options": 40, "rows": 56},
+    ("sm_120", 2, 64): {"rows": 88},
+    ("sm_120", 2, 256): {"rows": 32},
+    ("sm_120", 4, 256): {"window": 32, "options": 24},
+    ("gfx1100", 2, 128): {
+        "plain": 156,
+        "paged": 156,
+        "pages_64": 156,
+        "small_pages": 156,
+        "window": 156,
+        "options": 156,
+        "rows": 156,
+    },
+    ("gfx1100", 2, 256): {
+        "plain": 120,
+        "paged": 60,
+        "pages_64": 60,
+        "small_pages": 60,
+        "window": 160,
+        "options": 176,
+        "rows": 228,
+    },
+    ("gfx1100", 4, 128): {
+        "plain": 156,
+        "paged": 156,
+        "pages_64": 156,
+        "small_pages": 156,
+        "window": 156,
+        "options": 156,
+        "rows": 68,
+    },
+    ("gfx1100", 4, 256): {
+        "plain": 924,
+        "paged": 888,
+        "pages_64": 888,
+        "small_pages": 888,
+        "window": 936,
+        "options": 948,
+        "rows": 924,
+    },
 }
 
 
@@ -343,7 +391,7 @@ def test_every_row_of_decoding_compiles(arch, size, kind, triton):
     passes = ["decode", "combine", "decode, equal", "combine, equal", "decode, whole", "append", "append, rotated"]
     assert [(row["dim"], row["pass"]) for row in rows] == list(itertools.product((64, 128, 256), passes))
     for row in rows:
-        assert row["stack"] <= max(16, DECODE_SPILLS.get((arch, size, row["dim"], kind), 0)), row
+        assert row["stack"] <= max(16, DECODE_SPILLS.get((arch, size, row["dim"]), {}).get(kind, 0)), row
         assert row["shared"] <= SHARED[arch], row
         assert row.get("again", True), f"launched again, it is not given what it takes: {row}"
         if not row["pass"].startswith("decode"):
