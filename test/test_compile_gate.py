@@ -315,8 +315,8 @@ def test_the_rotation_compiles(arch, size, kind, triton):
 # Kinds of test/compile_gate.py: one query and 4 in pages or not, with options, and many rows in a tile.
 DECODE_KINDS = ("plain", "paged", "pages_64", "small_pages", "window", "options", "rows")
 
-# As SPILLS, by kind, of any of its kernels; 16 bytes of masks everywhere. A slot that goes through several sequences has
-# more to keep than one with a sequence of its own.
+# As SPILLS, by kind, of any of its kernels; 16 bytes of masks everywhere. A slot that goes through several sequences
+# has more to keep than one with a sequence of its own.
 DECODE_SPILLS = {
     ("sm_80", 2, 64): {"rows": 24},
     ("sm_80", 2, 128): {"rows": 48},
