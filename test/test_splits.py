@@ -193,6 +193,10 @@ TILE = plan.DecodePlan(128, 4, 3, 1, 128)
         (8, 20, 8192, True, (None, 16)),
         (8, 63, 8192, False, (None, 16)),
         (8, 64, 8192, False, (1, 0)),
+        (8, 64, 131_072, False, (None, 16)),  # one of them may be that long
+        (8, 64, 131_072, True, (1, 0)),
+        (8, 1024, 131_072, False, (None, 16)),
+        (8, 1025, 131_072, False, (1, 0)),
         (8, 8, 2**31, False, (2, 0)),  # more blocks than 32 bits are sure to count
         (8, 10**6, 8192, False, (1, 0)),
         (32, 3, 8192, True, (None, 4)),

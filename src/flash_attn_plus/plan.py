@@ -368,8 +368,10 @@ class Splits(NamedTuple):
 MOST_SPLITS = 128  # that are asked for: their results are kept until they are combined
 
 
-# Sequences for every slot of a line, from which on each has a program of its own: their lengths even out.
-_MANY = 4
+# Sequences for every slot of a line, from which on each has a program of its own: their lengths even out. Unless one of
+# them may be so long that all others have ended long before it; but not if a line has so many that each of its programs
+# takes as long to find its place.
+_MANY, _LONG, _MOST_SEQUENCES = 4, 16384, 1024
 # Keys of a batch whose blocks, of 16 keys at least, 32 bits count.
 _COUNTED = 2**34
 
@@ -385,10 +387,11 @@ def splits(row: DecodeRow, room: int, programs: int, batch: int, keys: int, num_
     most = max(1, -(-keys // row.split.shortest))
     fit = room // programs
     parts = min(max(1, fit // batch), most)
-    if batch == 1 or parts == most or batch >= _MANY * fit or batch * keys >= _COUNTED:
+    many = batch > _MOST_SEQUENCES or (batch >= _MANY * fit and keys < _LONG)
+    if batch == 1 or fit <= 1 or parts == most or many or batch * keys >= _COUNTED:
         return Splits(parts, 0)
     of_line, of_parts = _filled(fit * programs, room), _filled(batch * parts * programs, room)
-    if fit == 1 or of_line < 0.8 or (equal and of_parts > 0.9 * of_line):
+    if of_line < 0.8 or (equal and of_parts > 0.9 * of_line):
         return Splits(parts, 0)
     return Splits(None, fit)
 
