@@ -105,7 +105,8 @@ def gradients(outputs: tuple[Tensor, Tensor], problem: Problem, douts: Douts) ->
 
 def oracle_results(problem: Problem, douts: Douts | None) -> dict[str, Tensor]:
     """out, lse and gradients in fp64."""
-    return _results(cast(problem, torch.float64), torch.float64, douts)
+    problem = cast(problem, torch.float64)
+    return _results(problem, run_reference(problem, torch.float64), douts)
 
 
 def same_dtype_results(
@@ -114,7 +115,7 @@ def same_dtype_results(
     """The same maths in plain PyTorch at the problem's dtype; lse at ``lse_dtype`` instead, where one is given.
 
     One evaluation can be close by luck, most of all where a result has few elements. So equal problems are evaluated,
-    q larger by what the scale is smaller, and each result is the one of them that is furthest from the oracle.
+    whose sums round otherwise, and each result is the one of them that is furthest from the oracle.
     """
     if problem.q.dtype == torch.float64:
         # The oracle has fp64's error too: fp32's, scaled to fp64's precision, stands for it and for the maths' own.
@@ -122,14 +123,11 @@ def same_dtype_results(
         single = same_dtype_results(cast(problem, torch.float32), douts, oracle)
         return {name: torch.where(x.isfinite(), x + (single[name] - x) * ratio, x) for name, x in oracle.items()}
     trials = []
-    for stretch in (1.0, 1.3, 0.7):
-        stretched = _stretched(problem, stretch)
-        trial = _results(stretched, None, douts)
+    for number in range(len(_STRETCHES)):
+        trial = _results(problem, _run_equal(problem, number, None), douts)
         if lse_dtype is not None:
             with torch.no_grad():
-                trial["lse"] = run_reference(stretched, lse_dtype)[1]
-        if "dq" in trial:
-            trial["dq"] = trial["dq"] * stretch
+                trial["lse"] = _run_equal(problem, number, lse_dtype)[1]
         trials.append(trial)
     return {name: max((t[name] for t in trials), key=lambda x: _largest(_error(x, oracle[name])[0])) for name in oracle}
 
@@ -208,18 +206,33 @@ def check_case(
     check_problem(case.make(device, dtype, requires_grad=bool(loss)), case.name, loss, lse_maths, run)
 
 
-def _results(problem: Problem, dtype: torch.dtype | None, douts: Douts | None) -> dict[str, Tensor]:
-    outputs = run_reference(problem, dtype)
+def _results(problem: Problem, outputs: tuple[Tensor, Tensor], douts: Douts | None) -> dict[str, Tensor]:
     results = {"out": outputs[0].detach(), "lse": outputs[1].detach()}
     return results if douts is None else results | gradients(outputs, problem, douts)
 
 
-def _stretched(problem: Problem, stretch: float) -> Problem:
-    """The same scores from a longer q and a smaller scale."""
-    q, scale = problem.q, problem.variant.softmax_scale
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q = (q.detach() * stretch).requires_grad_(q.requires_grad)
-    return problem._replace(q=q, variant=problem.variant._replace(softmax_scale=scale / stretch))
+_STRETCHES = (1.0, 1.3, 0.7)
+
+
+def _run_equal(problem: Problem, number: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """out, lse of an equal problem: q longer by what the scale is smaller, columns in another order (0: neither)."""
+    q, k, v, variant, _ = problem
+    scale = q.shape[-1] ** -0.5 if variant.softmax_scale is None else variant.softmax_scale
+    of_qk, of_v = (_order(x.shape[-1], number).to(q.device) for x in (q, v))
+    equal = problem._replace(
+        q=q[..., of_qk] * _STRETCHES[number],
+        k=k[..., of_qk],
+        v=v[..., of_v],
+        variant=variant._replace(softmax_scale=scale / _STRETCHES[number]),
+    )
+    out, lse = run_reference(equal, dtype)
+    return out[..., of_v.argsort()], lse
+
+
+def _order(columns: int, number: int) -> Tensor:
+    if number == 0:
+        return torch.arange(columns)
+    return torch.randperm(columns, generator=torch.Generator().manual_seed(number))
 
 
 def _error(actual: Tensor, oracle: Tensor) -> tuple[Tensor, Tensor]:

@@ -215,14 +215,15 @@ def _ours(check: Check, inputs: _Inputs) -> Results:
 
 def _expected(check: Check) -> tuple[Results, list[Results]]:
     inputs = _inputs(check, torch.device("cpu"))
-    trials = [_plain(check, inputs, None, stretch) for stretch in (1.0, 1.3, 0.7)]
-    return _plain(check, inputs, torch.float64), trials
+    return _plain(check, inputs, torch.float64), [_plain(check, inputs, None, number) for number in range(3)]
 
 
-def _plain(check: Check, inputs: _Inputs, dtype: torch.dtype | None, stretch: float = 1.0) -> Results:
-    """The textbook's maths in ``dtype`` (None: the inputs'), on q times ``stretch``: an equal problem, as the scale is
-    smaller by that.
+def _plain(check: Check, inputs: _Inputs, dtype: torch.dtype | None, number: int = 0) -> Results:
+    """The textbook's maths in ``dtype`` (None: the inputs'), of equal problems, whose sums round otherwise: q is longer
+    by what the scale is smaller, and columns are in another order (0: neither).
     """
+    stretch = (1.0, 1.3, 0.7)[number]
+    of_qk, of_v = (_order(x.shape[-1], number) for x in (inputs.q, inputs.v))
 
     def leaf(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().to(dtype or x.dtype).requires_grad_(check.backward)
@@ -230,11 +231,18 @@ def _plain(check: Check, inputs: _Inputs, dtype: torch.dtype | None, stretch: fl
     q, k, v = map(leaf, inputs[:3])
     sink, bias = leaf(inputs.variant.sink), leaf(inputs.variant.attn_bias)
     variant = inputs.variant._replace(softmax_scale=check.head_dim**-0.5 / stretch, sink=sink, attn_bias=bias)
+    equal = q[..., of_qk] * stretch, k[..., of_qk], v[..., of_v]
     if inputs.layout is None:
-        out, lse = reference.attention(q * stretch, k, v, variant, dtype=dtype)
+        out, lse = reference.attention(*equal, variant, dtype=dtype)
     else:
-        out, lse = reference.varlen_attention(q * stretch, k, v, inputs.layout, variant, dtype=dtype)
-    return _with_gradients(check, out, lse, (q, k, v), inputs._replace(variant=variant))
+        out, lse = reference.varlen_attention(*equal, inputs.layout, variant, dtype=dtype)
+    return _with_gradients(check, out[..., of_v.argsort()], lse, (q, k, v), inputs._replace(variant=variant))
+
+
+def _order(columns: int, number: int) -> Tensor:
+    if number == 0:
+        return torch.arange(columns)
+    return torch.randperm(columns, generator=torch.Generator().manual_seed(number))
 
 
 def _with_gradients(check: Check, out: Tensor, lse: Tensor, qkv: tuple[Tensor, ...], inputs: _Inputs) -> Results:
