@@ -114,16 +114,15 @@ def decode_launches(kind: str, dtype: torch.dtype, dim: int) -> Iterator[tuple[s
     for _ in range(2):
         prepared(*arguments_of_call)
     row = plan.decode(device.architecture(q.device), q.element_size(), dim)
-    split = row.split_pages if kind == "pages_64" and row.split_pages is not None else row.split
-    yield "decode", split, prepared.launch
+    yield "decode", row.tiles(prepared.cut, page_size), prepared.launch
     yield "combine", None, prepared.combine
-    for name, parts, tiles in (("decode, equal", 5, split), ("decode, whole", 1, row.whole)):
+    for name, parts in (("decode, equal", 5), ("decode, whole", 1)):
         in_parts = (*arguments_of_call[:5], parts)
         prepared = decode.Decode(*in_parts)
         assert prepared.cut.parts == parts, prepared.cut
         for _ in range(2):
             prepared(*in_parts)
-        yield name, tiles, prepared.launch
+        yield name, row.tiles(prepared.cut, page_size), prepared.launch
         if parts > 1:
             yield "combine, equal", None, prepared.combine
     for cos in (None, torch.empty(capacity, dim // 2, dtype=dtype)):

@@ -319,9 +319,7 @@ DECODE_KINDS = ("plain", "paged", "pages_64", "small_pages", "window", "options"
 # has more to keep than one with a sequence of its own.
 DECODE_SPILLS = {
     ("sm_80", 2, 64): {"rows": 24},
-    ("sm_80", 2, 128): {"rows": 48},
     ("sm_80", 2, 256): {"small_pages": 88, "rows": 80},
-    ("sm_90", 2, 128): {"window": 24, "options": 32, "rows": 40},
     ("sm_90", 2, 256): {
         "plain": 40,
         "paged": 32,
@@ -332,7 +330,6 @@ DECODE_SPILLS = {
         "rows": 48,
     },
     ("sm_100", 2, 64): {"rows": 48},
-    ("sm_100", 2, 128): {"paged": 24},
     ("sm_100", 2, 256): {"plain": 24, "small_pages": 56, "window": 40, "options": 40, "rows": 56},
     ("sm_120", 2, 64): {"rows": 88},
     ("sm_120", 2, 256): {"rows": 32},

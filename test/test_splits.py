@@ -179,6 +179,34 @@ TILE = plan.DecodePlan(128, 4, 3, 1, 128)
 
 
 @pytest.mark.parametrize(
+    "cut, page_size, chosen",
+    [
+        ((1, 0), None, "whole"),
+        ((1, 0), 64, "whole"),
+        ((2, 0), None, "split"),
+        ((2, 0), 16, "split"),
+        ((2, 0), 32, "split"),
+        ((2, 0), 96, "split"),  # a tile would lie in two
+        ((2, 0), 64, "small"),
+        ((2, 0), 256, "small"),
+        ((None, 9), None, "small"),
+        ((None, 9), 16, "split"),
+        ((None, 9), 128, "small"),
+    ],
+)
+def test_tiles_of_a_row(cut: tuple, page_size: int | None, chosen: str) -> None:
+    split, whole, small = (
+        plan.DecodePlan(128, 4, 3, 1, 128),
+        plan.DecodePlan(128, 8, 3, 1, 128),
+        TILE._replace(BLOCK_N=64),
+    )
+    row = plan.DecodeRow(split, whole, small)
+    assert row.tiles(plan.Splits(*cut), page_size) == getattr(row, chosen)
+    of_one_size = row._replace(small=None)
+    assert of_one_size.tiles(plan.Splits(*cut), page_size) == getattr(row, chosen.replace("small", "split"))
+
+
+@pytest.mark.parametrize(
     "programs, batch, keys, equal, expected",
     [
         (8, 1, 8192, False, (16, 0)),

@@ -301,10 +301,27 @@ class DecodePlan(NamedTuple):
     shortest: int  # keys that a part of a sequence has at least: whole tiles
 
 
+class Splits(NamedTuple):
+    """See kernels/splits.py."""
+
+    parts: int | None
+    shares: int
+
+
 class DecodeRow(NamedTuple):
     split: DecodePlan  # where sequences are split among the processors
     whole: DecodePlan  # where there are enough of them without
-    split_pages: DecodePlan | None = None  # in place of ``split`` where pages have as many keys as its tiles
+    small: DecodePlan | None = None  # in place of ``split``, where smaller tiles are faster
+
+    def tiles(self, cut: Splits, page_size: int | None) -> DecodePlan:
+        """A slot of a line starts anew with every sequence, and waits then for a whole tile; one entry of the table
+        serves a tile that lies in one page.
+        """
+        if cut.parts == 1:
+            return self.whole
+        if self.small is None or (cut.parts is not None if page_size is None else page_size % self.small.BLOCK_N):
+            return self.split
+        return self.small
 
 
 def most_rows_of_decode(itemsize: int, head_dim: int) -> int:
@@ -320,10 +337,11 @@ def _decode_row(*tiles: tuple[int, int, int, int, int]) -> DecodeRow:
 
 # As FORWARD: architecture -> (bytes of an element, columns of a tile).
 DECODE: dict[str, dict[tuple[int, int], DecodeRow]] = {
-    # (2, 128): measured on an H100 (docs/performance.md). The others were chosen to fit.
+    # (2, 64) and (2, 128): measured on an H100 (docs/performance.md). The others were chosen to fit. More than three
+    # stages: a program waits for an entry of its table that was asked for just before (decode.py).
     "sm_90": {
-        (2, 64): _decode_row((128, 4, 4, 1, 128), (128, 4, 3, 3, 128)),
-        (2, 128): _decode_row((128, 4, 3, 1, 128), (128, 8, 3, 1, 128), (64, 4, 4, 1, 128)),
+        (2, 64): _decode_row((128, 4, 3, 1, 128), (128, 4, 3, 3, 128)),
+        (2, 128): _decode_row((128, 4, 3, 1, 128), (128, 8, 3, 1, 128), (64, 4, 3, 1, 128)),
         (2, 256): _decode_row((64, 4, 3, 1, 128), (32, 4, 3, 2, 128)),
         (4, 64): _decode_row((32, 4, 3, 1, 128), (32, 4, 3, 3, 128)),
         (4, 128): _decode_row((16, 4, 3, 1, 128), (16, 4, 3, 3, 128)),
@@ -356,13 +374,6 @@ DECODE: dict[str, dict[tuple[int, int], DecodeRow]] = {
 }
 DECODE["sm_80"] = DECODE["sm_100"] = DECODE["sm_90"]
 DECODE["sm_120"], DECODE["gfx90a"] = DECODE["sm_86"], DECODE["gfx942"]
-
-
-class Splits(NamedTuple):
-    """See kernels/splits.py."""
-
-    parts: int | None
-    shares: int
 
 
 MOST_SPLITS = 128  # that are asked for: their results are kept until they are combined

@@ -144,12 +144,16 @@ def sum_of_part(dim: int) -> int:
 
 _PROGRAMS = 1024  # enough to fill a device: more take several heads each
 _MOST_PARTS = 8192  # elements at a time
+_PARTS_OF_A_WARP = 2048  # of these
 
 
 def launch(on: torch.device, rows: int, heads: int, dim: int, parts: int, **constants: int) -> Launch:
     """The kernel for that many rows of all heads, and at most that many parts of each."""
     block_h = min(heads, max(1, triton.next_power_of_2(rows * heads // _PROGRAMS)))
     block_d = plan.block_dim(dim)
+    block_p = max(2, min(triton.next_power_of_2(parts), _MOST_PARTS // block_d))
+    # Of few elements each thread reads several: that is sooner than to add up through shared memory.
+    num_warps = 4 if block_h > 1 else max(1, min(4, block_p * block_d // _PARTS_OF_A_WARP))
     return Launch(
         combine_kernel,
         rows * -(-heads // block_h),
@@ -158,10 +162,10 @@ def launch(on: torch.device, rows: int, heads: int, dim: int, parts: int, **cons
             "DIM": dim,
             "BLOCK_D": block_d,
             "BLOCK_H": block_h,
-            "BLOCK_P": max(2, min(triton.next_power_of_2(parts), _MOST_PARTS // block_d)),
+            "BLOCK_P": block_p,
             "EARLY": early.allowed(on),
         },
-        options={"num_warps": 4, "num_stages": 1, **early.options(on)},
+        options={"num_warps": num_warps, "num_stages": 1, **early.options(on)},
     )
 
 

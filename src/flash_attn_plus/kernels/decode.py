@@ -292,10 +292,7 @@ class Decode(Prepared):
         room = row.split.programs * device.processors(q.device)
         # Windows that are short beside the cache are about as long in all sequences.
         self.cut = cut = plan.splits(row, room, programs, batch, seen, num_splits, full or 4 * seen <= capacity)
-        chosen = row.whole if cut.parts == 1 else row.split
-        of_pages = row.split_pages
-        if chosen is row.split and of_pages is not None and self.paged and page_size == of_pages.BLOCK_N:
-            chosen = of_pages
+        chosen = row.tiles(cut, page_size if self.paged else None)
         slots = cut.shares if cut.parts is None else batch * cut.parts
         entries = max(16, triton.next_power_of_2(batch)) if cut.parts is None else 16  # lengths that splits.py reads
 
