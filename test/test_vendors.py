@@ -58,6 +58,24 @@ def check():
 """
 
 
+# Without what Python does at its end: PyTorch's thread of the device, which ran backward, may still be letting go of
+# what was saved for it, and takes the process down when it asks for an interpreter that is gone.
+RUN = """
+import os, sys, traceback
+code = 0
+try:
+    exec(compile(sys.argv[1], "part of a test", "exec"), {"__name__": "__main__"})
+except SystemExit as left:
+    code = left.code
+except BaseException:
+    traceback.print_exc()
+    code = 1
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code or 0)
+"""
+
+
 def run(*parts: str, interpret: bool = False) -> str:
     """What a process of its own prints."""
     paths = os.pathsep.join([str(SOURCE), str(ROOT / "test")])
@@ -66,7 +84,7 @@ def run(*parts: str, interpret: bool = False) -> str:
     environment = {**kept, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-c", "".join(parts)]
+    command = [sys.executable, "-c", RUN, "".join(parts)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
