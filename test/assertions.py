@@ -215,8 +215,13 @@ _STRETCHES = (1.0, 1.3, 0.7)
 
 
 def _run_equal(problem: Problem, number: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """out, lse of an equal problem: q longer by what the scale is smaller, columns in another order (0: neither)."""
+    """out, lse of an equal problem: q longer by what the scale is smaller, columns in another order (0: neither).
+
+    q becomes longer in the dtype that is computed in: rounded to fewer bits it would be another problem.
+    """
     q, k, v, variant, _ = problem
+    if dtype is not None:
+        q = q.to(dtype)
     scale = q.shape[-1] ** -0.5 if variant.softmax_scale is None else variant.softmax_scale
     of_qk, of_v = (_order(x.shape[-1], number).to(q.device) for x in (q, v))
     equal = problem._replace(

@@ -32,6 +32,7 @@ class Compiled(NamedTuple):
     matrix: str  # its matrix instructions: "wgmma", "mma", "tcgen05", "mfma", "wmma" or ""
     serialized: bool  # ptxas gave up overlapping wgmma
     chained: bool  # a matrix product adds to the sum of another
+    waits: bool | None = None  # for the kernel in front before it touches memory; None: it never waits
 
 
 class _Launcher:
@@ -132,6 +133,7 @@ def measure(compiled) -> Compiled:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", cubin)
+        waits = _waits(_run("cuobjdump", "-sass", cubin)) if "griddepcontrol" in text else None
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         log = ""
         if matrix == "wgmma":
@@ -145,7 +147,17 @@ def measure(compiled) -> Compiled:
         matrix,
         re.search(r"C75(10|11|12)", log) is not None,
         _chained(compiled),
+        waits,
     )
+
+
+# What touches memory that others see, or lets the next kernel start, in SASS: loads, stores, copies, atomics, signal.
+_TOUCHES = re.compile(r"\b(LDG|STG|LDGSTS|LD|ST|ATOMG?|REDG?|UBLK\w+|UTMA\w+|PREEXIT)\b")
+
+
+def _waits(sass: str) -> bool:
+    wait, first = sass.find("ACQBULK"), _TOUCHES.search(sass)
+    return 0 <= wait < (first.start() if first else len(sass))
 
 
 def parameters(compiled) -> str:

@@ -373,6 +373,11 @@ DECODE_SPILLS = {
 }
 
 
+def starts_early(arch: str) -> bool | None:
+    """What ``waits`` is where kernels start early (kernels/early.py), and where they do not."""
+    return True if arch in ("sm_90", "sm_100", "sm_120") else None
+
+
 def decode_cases() -> Iterator:
     for arch, size, kind in itertools.product(plan.DECODE, (2, 4), DECODE_KINDS):
         quick = (arch == "sm_90" and kind in ("plain", "small_pages")) or (arch == "gfx942" and kind == "plain")
@@ -391,6 +396,7 @@ def test_every_row_of_decoding_compiles(arch, size, kind, triton):
         assert row["stack"] <= max(16, DECODE_SPILLS.get((arch, size, row["dim"]), {}).get(kind, 0)), row
         assert row["shared"] <= SHARED[arch], row
         assert row.get("again", True), f"launched again, it is not given what it takes: {row}"
+        assert row["waits"] is starts_early(arch), f"it may read what is yet to be written: {row}"
         if not row["pass"].startswith("decode"):
             continue
         block_n, _, num_stages, *_ = row["plan"]
@@ -416,3 +422,4 @@ def test_combining_compiles(arch, size, kind, triton):
     assert [row["dim"] for row in rows] == [64, 128, 256]
     for row in rows:
         assert row["stack"] == 0 and row["shared"] <= SHARED[arch] and row.get("again", True), row
+        assert row["waits"] is starts_early(arch), f"it may read what is yet to be written: {row}"

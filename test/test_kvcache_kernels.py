@@ -536,6 +536,19 @@ class TestNotANumber:
         assert lse[0].isnan().all() == (where != "a value")
         assert out[1].isfinite().all() and lse[1].isfinite().all()
 
+    @pytest.mark.parametrize("value", [NAN, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("num_splits", [1, 2, 3])
+    def test_is_seen_where_its_weight_rounds_to_0(self, num_splits: int, value: float, device: str, tiles) -> None:
+        """One key has all the weight, in whichever part: 0 * value is NaN, as it is in one part."""
+        tiles(TILES[0])
+        case = Case("dominated", (90, 41), capacity=96, heads=2, heads_k=1, dim=16, num_splits=num_splits)
+        problem = case.decoding(device)
+        problem.q[0] = problem.k_cache[0, 5] = 30.0
+        problem.v_cache[0, 40] = value
+        out, lse = interpreted(problem)
+        assert out[0].isnan().all() and lse[0].isfinite().all()
+        assert out[1].isfinite().all() and lse[1].isfinite().all()
+
 
 class TestSplits:
     """How keys are given out: every key once, whatever the lengths and the tiles are."""

@@ -112,7 +112,8 @@ def _combined(
         # (1, BLOCK_P): scores of one query, whose values are the parts
         weights, factor, maximum, of_weights = softmax.update(lse[None, :], UNIT, maximum, total, True)
         weights = tl.reshape(weights, [BLOCK_P])
-        seen = weights != 0.0  # a part that saw nothing may hold anything
+        # A part that saw nothing may hold anything. One whose weight only rounds to 0 counts: 0 * NaN is NaN.
+        seen = lse != float("-inf")
         if sums_ptr is not None:
             total = total * factor + tl.sum(tl.where(seen, weights * sums, 0.0), 0)
         else:
