@@ -8,7 +8,9 @@ every operator of this package has.
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -34,6 +36,8 @@ _DENSE_HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
 _MOST_PROGRAMS = 65535
 # A side of a window that holds every key. Sums of it and of lengths stay below 2**31.
 _WIDE = 2**30
+# Where its dense function runs: it asks for the properties of a device "cuda", whichever has the tensors.
+_DENSE_DEVICES = ("cuda",)
 # The rows of a tile of its dense kernel, in all its configurations. Its causal mask is right for whole tiles.
 _TILE = 128
 
@@ -155,23 +159,32 @@ def _or_what_to_install(ask: Callable) -> Any:
         ) from error
 
 
-def _import() -> ModuleType:
-    # What a failed import leaves behind would let the next one fail in another way.
-    path, modules = list(sys.path), set(sys.modules)
-    if "flag_gems" not in modules:
-        modules -= {name for name in modules if name.startswith("flag_gems.")}
-    try:
-        import flag_gems
+_importing = threading.Lock()
 
-        for name in ("flash_attention_forward", "flash_attn_varlen_func", "device"):
-            getattr(flag_gems, name)
-    except BaseException:
-        sys.path[:] = path
-        for name in set(sys.modules) - modules:
-            if name.partition(".")[0] == "flag_gems":
+
+def _import() -> ModuleType:
+    # What a failed import leaves behind would let the next one fail in another way, and that of another thread, too.
+    with _importing:
+        path, modules = list(sys.path), set(sys.modules)
+        if "flag_gems" not in modules:
+            modules -= {name for name in modules if name.startswith("flag_gems.")}
+        try:
+            import flag_gems
+
+            for name in ("flash_attention_forward", "flash_attn_varlen_func", "device"):
+                getattr(flag_gems, name)
+        except BaseException:
+            sys.path[:] = path
+            for name in filter(_is_a_part, set(sys.modules) - modules):
                 del sys.modules[name]
-        raise
+            raise
     return flag_gems
+
+
+def _is_a_part(name: str) -> bool:
+    """Whether a module is of flag_gems, which imports those of its vendors by names of their own."""
+    file = getattr(sys.modules[name], "__file__", None) or ""
+    return name.partition(".")[0] == "flag_gems" or f"{os.sep}flag_gems{os.sep}" in file
 
 
 def _triton_version() -> str:
@@ -182,6 +195,8 @@ def _triton_version() -> str:
 
 def _suits_dense_kernel(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> bool:
     """The packed kernel takes the rest, windows among it, of which the dense one drops those beyond the keys."""
+    if q.device.type not in _DENSE_DEVICES:
+        return False
     # flag_gems finds a compiled kernel by strides but not by lengths, and how it was compiled depends on these: strides
     # have to tell them. A kernel that is right for 128 keys would be taken for the first 100 of them.
     if any(x.stride() != _strides_of_new(x) for x in (q, k, v)):
