@@ -337,8 +337,8 @@ def _decode_row(*tiles: tuple[int, int, int, int, int]) -> DecodeRow:
 
 # As FORWARD: architecture -> (bytes of an element, columns of a tile).
 DECODE: dict[str, dict[tuple[int, int], DecodeRow]] = {
-    # (2, 64) and (2, 128): measured on an H100 (docs/performance.md). The others were chosen to fit. More than three
-    # stages: a program waits for an entry of its table that was asked for just before (decode.py).
+    # (2, 128): measured on an H100 (docs/performance.md). The others were chosen to fit. With more than three stages a
+    # program waits for an entry of its table that was asked for just before (decode.py).
     "sm_90": {
         (2, 64): _decode_row((128, 4, 3, 1, 128), (128, 4, 3, 3, 128)),
         (2, 128): _decode_row((128, 4, 3, 1, 128), (128, 8, 3, 1, 128), (64, 4, 3, 1, 128)),
