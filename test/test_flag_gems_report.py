@@ -114,6 +114,16 @@ def test_one_that_raises_crashes_or_hangs_takes_nothing_with_it(run):
     assert verdicts["dense_head_dim_16"] == "not reproduced"
 
 
+def test_another_exception_than_the_reported_one_is_told(report):
+    cases = [case for case in report.CASES.values() if case.claim == report.RAISES]
+    assert len(cases) == 4 and all(case.raises for case in cases)
+    for case in cases:
+        expected = type(case.raises, (Exception,), {})("so")
+        assert report.row_of(case, report.Evidence(raised=expected))["verdict"].startswith("as reported: raised")
+        other = report.row_of(case, report.Evidence(raised=MemoryError("no memory")))["verdict"]
+        assert other == "raised MemoryError: no memory"
+
+
 def test_ours_that_is_wrong_fails(report):
     import torch
 

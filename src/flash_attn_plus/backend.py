@@ -46,8 +46,9 @@ class use_backend(TorchFunctionMode):  # noqa: N801  (as torch.no_grad)
     Raises:
         ValueError: another name.
         NotImplementedError: in the context, what the backend does not compute: nothing else runs in its place.
-            ``flash_attn_with_kvcache`` is among it, and so are higher-order operators (``torch.cond`` and others;
-            where PyTorch compiles them, its own error says so), since the context does not reach their bodies.
+            ``flash_attn_with_kvcache`` is among it, and so are higher-order operators (``torch.cond``, flex_attention
+            and others; where PyTorch compiles them, its own error says so), since the context does not reach their
+            bodies.
     """
 
     def __init__(self, backend: str) -> None:
