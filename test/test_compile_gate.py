@@ -317,6 +317,7 @@ DECODE_KINDS = ("plain", "paged", "pages_64", "small_pages", "window", "options"
 
 # As SPILLS, by kind, of any of its kernels; 16 bytes of masks everywhere. A slot that goes through several sequences
 # has more to keep than one with a sequence of its own.
+# In float32 at 128 columns it is the sum of up to 64 parts at a time.
 DECODE_SPILLS = {
     ("sm_80", 2, 64): {"rows": 24},
     ("sm_80", 2, 256): {"small_pages": 88, "rows": 80},
@@ -329,7 +330,9 @@ DECODE_SPILLS = {
         "options": 48,
         "rows": 48,
     },
+    ("sm_90", 4, 128): dict.fromkeys(("plain", "paged", "pages_64", "small_pages", "window", "options"), 24),
     ("sm_100", 2, 64): {"rows": 48},
+    ("sm_100", 4, 128): dict.fromkeys(("plain", "paged", "pages_64", "small_pages", "window", "options"), 32),
     ("sm_100", 2, 256): {"plain": 24, "small_pages": 56, "window": 40, "options": 40, "rows": 56},
     ("sm_120", 2, 64): {"rows": 88},
     ("sm_120", 2, 256): {"rows": 32},

@@ -118,7 +118,7 @@ def _combined(
             total = total * factor + tl.sum(tl.where(seen, weights * sums, 0.0), 0)
         else:
             total = of_weights
-        summed = tl.sum(weights[:, None] * tl.where(seen[:, None], part.to(tl.float32), 0.0), 0)
+        summed = tl.sum(tl.where(seen[:, None], weights[:, None] * part.to(tl.float32), 0.0), 0)
         values = values * tl.sum(factor, 0) + summed
     factor, lse = softmax.finish(maximum, total, UNIT)
     return values * tl.sum(factor, 0), lse
