@@ -378,7 +378,7 @@ DECODE_SPILLS = {
 
 def starts_early(arch: str) -> bool | None:
     """What ``waits`` is where kernels start early (kernels/early.py), and where they do not."""
-    return True if arch in ("sm_90", "sm_100", "sm_120") else None
+    return True if arch.startswith("sm_") and int(arch[3:]) >= 90 else None
 
 
 def decode_cases() -> Iterator:

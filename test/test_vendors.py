@@ -66,7 +66,7 @@ code = 0
 try:
     exec(compile(sys.argv[1], "part of a test", "exec"), {"__name__": "__main__"})
 except SystemExit as left:
-    code = left.code
+    code = left.code if isinstance(left.code, int | None) else 1
 except BaseException:
     traceback.print_exc()
     code = 1
