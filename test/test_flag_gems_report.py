@@ -97,7 +97,8 @@ def test_what_is_wrong_as_predicted_is_told_from_what_is_wrong_otherwise(run):
 
 def test_writing_outside_is_seen_though_the_values_are_right(run):
     _, rows, _ = run("dense_splitkv_contiguous,dense_gqa", "outside")
-    assert rows["dense_splitkv_contiguous"]["verdict"] == "as reported"
+    # That it writes outside is as reported, but not that all is there.
+    assert rows["dense_splitkv_contiguous"]["verdict"] == "wrong, not as predicted"
     assert rows["dense_splitkv_contiguous"]["note"] == "1 elements outside its memory written"
     assert rows["dense_gqa"]["verdict"] == "wrong, reported as right"
 
@@ -115,13 +116,46 @@ def test_one_that_raises_crashes_or_hangs_takes_nothing_with_it(run):
 
 
 def test_another_exception_than_the_reported_one_is_told(report):
-    cases = [case for case in report.CASES.values() if case.claim == report.RAISES]
-    assert len(cases) == 4 and all(case.raises for case in cases)
+    cases = [case for case in report.CASES.values() if case.claim == "raises"]
+    assert len(cases) == 10 and all(case.raises for case in cases)
     for case in cases:
         expected = type(case.raises, (Exception,), {})("so")
         assert report.row_of(case, report.Evidence(raised=expected))["verdict"].startswith("as reported: raised")
         other = report.row_of(case, report.Evidence(raised=MemoryError("no memory")))["verdict"]
         assert other == "raised MemoryError: no memory"
+
+
+def test_wrong_in_any_way_is_as_reported_nowhere(report):
+    import torch
+
+    right, other = torch.ones(3), torch.full((3,), 2.0)
+    found = {"theirs": {"out": other}, "right": {"out": right}, "bounds": {"out": 0.1}}
+
+    def said(name: str, **options) -> str:
+        return report.row_of(report.CASES[name], report.Evidence(**{**found, **options}))["verdict"]
+
+    assert said("dense_gqa") == "wrong, reported as right"
+    for name in ("sdpagrad_tuned", "dense_window_left"):
+        assert said(name) == "wrong, unspecified how"
+        assert said(name, predicted={"out": other}) == "as reported"
+        assert said(name, predicted={"out": right + 2}) == "wrong, not as predicted"
+        assert said(name, predicted={"out": other}, outside=1) == "wrong, not as predicted"
+        assert said(name, predicted={"out": other}, outside=1, predicted_outside=1) == "as reported"
+        assert said(name, predicted={"out": other}, predicted_outside=1) == "wrong, not as predicted"
+        assert said(name, theirs={}, predicted={"out": other}) == "wrong, not as predicted"
+    # One element is left to chance, and only that one.
+    chance = {"out": torch.tensor([True, False, False])}
+    one = torch.tensor([5.0, 2.0, 2.0])
+    assert said("dense_window_left", predicted={"out": one}, unspecified=chance) == "as reported"
+    assert said("dense_window_left", predicted={"out": one.flip(0)}, unspecified=chance) == "wrong, not as predicted"
+    # The rounding of greater values is greater, and a NaN is equal to a NaN.
+    great, nan = {"out": torch.full((3,), 100.0)}, {"out": torch.full((3,), torch.nan)}
+    assert said("dense_window_left", theirs={"out": torch.full((3,), 105.0)}, predicted=great) == "as reported"
+    assert said("dense_window_left", theirs=nan, predicted=nan) == "as reported"
+    assert said("dense_window_left", theirs=nan, predicted=great) == "wrong, not as predicted"
+    broken = RuntimeError("an illegal memory access was encountered")
+    assert said("sdpagrad_tuned", raised=broken).startswith("broken, unspecified how: raised RuntimeError")
+    assert said("dense_window_left", raised=broken).startswith("raised RuntimeError")
 
 
 def test_ours_that_is_wrong_fails(report):
