@@ -501,7 +501,7 @@ def planned(candidate: dict[str, int]) -> Iterator[None]:
     chosen = plan.decode
 
     def instead(*args, **kwargs):
-        return plan.DecodeRow(*(tiles and tiles._replace(**candidate) for tiles in chosen(*args, **kwargs)))
+        return plan.DecodeRow(*(tiles._replace(**candidate) for tiles in chosen(*args, **kwargs)))
 
     def forget() -> None:
         library.memory_of("decode").clear()  # of calls that were like it, it recalls what ran, and asks no plan

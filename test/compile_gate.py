@@ -114,7 +114,7 @@ def decode_launches(kind: str, dtype: torch.dtype, dim: int) -> Iterator[tuple[s
     for _ in range(2):
         prepared(*arguments_of_call)
     row = plan.decode(device.architecture(q.device), q.element_size(), dim)
-    yield "decode", row.tiles(prepared.cut, page_size), prepared.launch
+    yield "decode", row.tiles(prepared.cut), prepared.launch
     yield "combine", None, prepared.combine
     for name, parts in (("decode, equal", 5), ("decode, whole", 1)):
         in_parts = (*arguments_of_call[:5], parts)
@@ -122,7 +122,7 @@ def decode_launches(kind: str, dtype: torch.dtype, dim: int) -> Iterator[tuple[s
         assert prepared.cut.parts == parts, prepared.cut
         for _ in range(2):
             prepared(*in_parts)
-        yield name, row.tiles(prepared.cut, page_size), prepared.launch
+        yield name, row.tiles(prepared.cut), prepared.launch
         if parts > 1:
             yield "combine, equal", None, prepared.combine
     for cos in (None, torch.empty(capacity, dim // 2, dtype=dtype)):

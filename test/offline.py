@@ -32,7 +32,7 @@ class Compiled(NamedTuple):
     matrix: str  # its matrix instructions: "wgmma", "mma", "tcgen05", "mfma", "wmma" or ""
     serialized: bool  # ptxas gave up overlapping wgmma
     chained: bool  # a matrix product adds to the sum of another
-    waits: bool | None = None  # for the kernel in front before it touches memory; None: it never waits
+    waits: bool | None = None  # for the kernel in front before it relies on memory; None: it never waits
 
 
 class _Launcher:
@@ -151,8 +151,9 @@ def measure(compiled) -> Compiled:
     )
 
 
-# What touches memory that others see, or lets the next kernel start, in SASS: loads, stores, copies, atomics, signal.
-_TOUCHES = re.compile(r"\b(LDG|STG|LDGSTS|LD|ST|ATOMG?|REDG?|UBLK\w+|UTMA\w+|PREEXIT)\b")
+# What touches memory that others see, in SASS: loads, stores, copies, atomics. Not loads past a processor's own cache,
+# which may find what is about to change; nor what is asked for without being read.
+_TOUCHES = re.compile(r"\b(LDG(?!\S*STRONG)|STG|LDGSTS|LD|ST|ATOMG?|REDG?|UBLK(?!PF)\w+|UTMA\w+)\b")
 
 
 def _waits(sass: str) -> bool:

@@ -96,11 +96,11 @@ def interpreted_rotary(problem: Appending) -> Tensor:
 
 @pytest.fixture
 def tiles(monkeypatch, device: str) -> Callable[..., None]:
-    """Sets the interpreter's tiles, and smaller ones (plan.DecodeRow); a GPU keeps its plans."""
+    """Sets the interpreter's tiles; a GPU keeps its plans."""
 
-    def choose(chosen: DecodePlan, small: DecodePlan | None = None) -> None:
+    def choose(chosen: DecodePlan) -> None:
         if device == "cpu":
-            monkeypatch.setattr(plan, "decode", lambda *problem: DecodeRow(chosen, chosen, small))
+            monkeypatch.setattr(plan, "decode", lambda *problem: DecodeRow(chosen, chosen))
             monkeypatch.setattr(plan, "forward", lambda problem: PREFILL_TILES)
 
     return choose
@@ -136,9 +136,8 @@ class TestLine:
     def test_agrees_with_the_oracle(self, case: Case, slots: int, device: str, tiles, monkeypatch) -> None:
         found, splits = [], plan.splits
         monkeypatch.setattr(plan, "splits", lambda *problem: found.append(splits(*problem)) or found[-1])
-        # Parts are counted in the tiles that are chosen: smaller ones than those that splits are planned with.
-        small = None if slots == 5 else DecodePlan(16, 4, 1, programs=0, shortest=32)
-        tiles(DecodePlan(32, 4, 1, programs=slots * case.heads_k, shortest=32), small)
+        block = 32 if slots == 5 else 16
+        tiles(DecodePlan(block, 4, 1, programs=slots * case.heads_k, shortest=32))
         dtype = DTYPES[drawn(case.name) % len(DTYPES)]
         check_decoding(case.decoding(device, dtype), case.name, interpreted)
         assert device != "cpu" or found == [(None, slots)]

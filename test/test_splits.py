@@ -111,7 +111,7 @@ def runs(device: str) -> str:
 def test_a_line_has_every_key_once_in_slots_of_equal_work(runs: str) -> None:
     for block, shortest, lengths, slots, left in problems(40):
         batch, capacity = len(lengths), max([1, *lengths])
-        most = splits.most_parts(batch, None, slots)
+        most = splits.most_parts(batch, slots)
         rows = torch.full((most, FIELDS), UNWRITTEN, dtype=torch.int32, device=runs)
         parts = torch.full((batch, 2), UNWRITTEN, dtype=torch.int32, device=runs)
         of_device = torch.tensor(lengths, dtype=torch.int32, device=runs)
@@ -140,7 +140,7 @@ def test_a_line_has_every_key_once_in_slots_of_equal_work(runs: str) -> None:
 def test_equal_parts_have_every_key_once(runs: str) -> None:
     for block, _, lengths, parts, left in problems(40):
         batch, capacity = len(lengths), max([1, *lengths])
-        rows = torch.full((splits.most_parts(batch, parts, 0), FIELDS), UNWRITTEN, dtype=torch.int32, device=runs)
+        rows = torch.full((batch * parts, FIELDS), UNWRITTEN, dtype=torch.int32, device=runs)
         of_device = torch.tensor(lengths, dtype=torch.int32, device=runs)
         equal_kernel[(batch * parts,)](rows, of_device, batch, capacity, parts, left, block)
         for index, length in enumerate(lengths):
@@ -178,32 +178,9 @@ def test_no_sequence_sees_more_keys_than_planned_for(diagonal: int | None, left:
 TILE = plan.DecodePlan(128, 4, 3, 1, 128)
 
 
-@pytest.mark.parametrize(
-    "cut, page_size, chosen",
-    [
-        ((1, 0), None, "whole"),
-        ((1, 0), 64, "whole"),
-        ((2, 0), None, "split"),
-        ((2, 0), 16, "split"),
-        ((2, 0), 32, "split"),
-        ((2, 0), 96, "split"),  # a tile would lie in two
-        ((2, 0), 64, "small"),
-        ((2, 0), 256, "small"),
-        ((None, 9), None, "small"),
-        ((None, 9), 16, "split"),
-        ((None, 9), 128, "small"),
-    ],
-)
-def test_tiles_of_a_row(cut: tuple, page_size: int | None, chosen: str) -> None:
-    split, whole, small = (
-        plan.DecodePlan(128, 4, 3, 1, 128),
-        plan.DecodePlan(128, 8, 3, 1, 128),
-        TILE._replace(BLOCK_N=64),
-    )
-    row = plan.DecodeRow(split, whole, small)
-    assert row.tiles(plan.Splits(*cut), page_size) == getattr(row, chosen)
-    of_one_size = row._replace(small=None)
-    assert of_one_size.tiles(plan.Splits(*cut), page_size) == getattr(row, chosen.replace("small", "split"))
+@pytest.mark.parametrize("itemsize, dim, alone", [(2, 64, False), (2, 128, True), (2, 256, True), (4, 128, False)])
+def test_programs_that_are_alone_on_a_processor(itemsize: int, dim: int, alone: bool) -> None:
+    assert plan.is_alone(plan.decode("sm_90", itemsize, dim).split, 2 * dim * itemsize) is alone
 
 
 @pytest.mark.parametrize(

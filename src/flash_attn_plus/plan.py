@@ -311,17 +311,18 @@ class Splits(NamedTuple):
 class DecodeRow(NamedTuple):
     split: DecodePlan  # where sequences are split among the processors
     whole: DecodePlan  # where there are enough of them without
-    small: DecodePlan | None = None  # in place of ``split``, where smaller tiles are faster
 
-    def tiles(self, cut: Splits, page_size: int | None) -> DecodePlan:
-        """A slot of a line starts anew with every sequence, and waits then for a whole tile; one entry of the table
-        serves a tile that lies in one page.
-        """
-        if cut.parts == 1:
-            return self.whole
-        if self.small is None or (cut.parts is not None if page_size is None else page_size % self.small.BLOCK_N):
-            return self.split
-        return self.small
+    def tiles(self, cut: Splits) -> DecodePlan:
+        return self.whole if cut.parts == 1 else self.split
+
+
+# Bytes of an H100's shared memory that two programs have each.
+_HALF_A_PROCESSOR = 113 * 1024
+
+
+def is_alone(tile: DecodePlan, bytes_of_key: int) -> bool:
+    """Whether a program that decodes takes so much shared memory that no second one is placed beside it."""
+    return (tile.num_stages - 1) * tile.BLOCK_N * bytes_of_key > _HALF_A_PROCESSOR
 
 
 def most_rows_of_decode(itemsize: int, head_dim: int) -> int:
@@ -341,7 +342,7 @@ DECODE: dict[str, dict[tuple[int, int], DecodeRow]] = {
     # program waits for an entry of its table that was asked for just before (decode.py).
     "sm_90": {
         (2, 64): _decode_row((128, 4, 3, 1, 128), (128, 4, 3, 3, 128)),
-        (2, 128): _decode_row((128, 4, 3, 1, 128), (128, 8, 3, 1, 128), (64, 4, 3, 1, 128)),
+        (2, 128): _decode_row((128, 4, 3, 1, 128), (128, 8, 3, 1, 128)),
         (2, 256): _decode_row((64, 4, 3, 1, 128), (32, 4, 3, 2, 128)),
         (4, 64): _decode_row((32, 4, 3, 1, 128), (32, 4, 3, 3, 128)),
         (4, 128): _decode_row((16, 4, 3, 1, 128), (16, 4, 3, 3, 128)),

@@ -52,7 +52,7 @@ def append_kernel(
     WIDE: tl.constexpr,  # columns of a row lie more than 2**31 elements apart
     EARLY: tl.constexpr,  # see early.py
 ):
-    early.wait(EARLY)
+    early.let_next_start(EARLY)
     program = tl.program_id(0)
     head_blocks = tl.cdiv(heads, BLOCK_H)
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -60,6 +60,7 @@ def append_kernel(
     first_row = program // head_blocks % row_tiles * BLOCK_M
     index = program // head_blocks // row_tiles
 
+    early.wait(index, EARLY)
     # (BLOCK_M,)
     tile_rows = first_row + tl.arange(0, BLOCK_M)
     place = tl.load(cache_seqlens_ptr + index).to(tl.int64) + tile_rows

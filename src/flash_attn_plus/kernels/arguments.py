@@ -156,6 +156,16 @@ def all_contiguous(*lists: Tensor | None) -> bool:
     return all(x is None or x.is_contiguous() for x in lists)
 
 
+def all_aligned(*tensors: Tensor) -> bool:
+    """Whether every row is a whole number of 16 bytes that lie at a multiple of as many."""
+    return all(
+        has_contiguous_rows(x)
+        and x.data_ptr() % 16 == 0
+        and all(elements * x.element_size() % 16 == 0 for elements in (*x.stride()[:-1], x.shape[-1]))
+        for x in tensors
+    )
+
+
 def _per_batch(tensor: Tensor | None) -> int | None:
     """Elements of (h,) or (b, h) from one sequence to the next."""
     return None if tensor is None else tensor.shape[1] if tensor.dim() == 2 else 0

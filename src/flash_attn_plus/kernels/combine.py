@@ -23,10 +23,10 @@ def combine_kernel(
     out_ptr,  # (batch, seqlen, heads, DIM), contiguous
     lse_ptr,  # (batch, heads, seqlen), contiguous
     parts_ptr,
-    lse_parts_ptr,  # None: parts have rows as below
+    lse_parts_ptr,  # None: parts are rows as below
     cache_seqlens_ptr,
     leftpad_ptr,
-    strides,  # of parts: (part, batch, row, head)
+    strides,  # of parts: (part, batch, row, head); of rows as below, in rows, where those of a head lie side by side
     strides_lse,  # of lse_parts: (part, batch, head, row); None: they are in the rows of parts
     batch,
     seqlen,
@@ -38,48 +38,61 @@ def combine_kernel(
     SHORTEST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ENTRIES: tl.constexpr,
+    FIRST: tl.constexpr,  # the kernel behind may be placed before the one in front has ended
     DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # columns of a program
     BLOCK_H: tl.constexpr,  # heads of a program, one after the other
     BLOCK_P: tl.constexpr,  # parts at a time
     EARLY: tl.constexpr,  # see early.py
 ):
-    early.wait(EARLY)
+    if FIRST:
+        early.let_next_start(EARLY)
     program = tl.program_id(0)
     head_blocks = tl.cdiv(heads, BLOCK_H)
+    first_dim = program % tl.cdiv(DIM, BLOCK_D) * BLOCK_D
+    program = program // tl.cdiv(DIM, BLOCK_D)
     first_head = program % head_blocks * BLOCK_H
     query = program // head_blocks % seqlen
     index = program // head_blocks // seqlen
-    first = index * 0
-    if count is None:
-        layout = tiles.Layout(
-            *(batch, seqlen, keys[0], heads, None, None, None, cache_seqlens_ptr, leftpad_ptr, None, None, None, None),
-            *(None, batch, None, keys[1]),
-        )
-        variant = Variant(*band)
-        on = splits.line(layout, variant, keys[2], SHORTEST, BLOCK_N, ENTRIES)
-        first, count = splits.parts_of(index, on)
-        if count == 1:
-            return  # written already
-    parts_ptr += tl.cast(first, tl.int64) * strides[0] + tl.cast(index, tl.int64) * strides[1]
-    parts_ptr += tl.cast(query, tl.int64) * strides[2]
-    if lse_parts_ptr is not None:
-        lse_parts_ptr += tl.cast(first, tl.int64) * strides_lse[0] + tl.cast(index, tl.int64) * strides_lse[1]
-        lse_parts_ptr += tl.cast(query, tl.int64) * strides_lse[3]
-    for head in range(first_head, tl.minimum(first_head + BLOCK_H, heads)):
-        of_head = tl.cast(head, tl.int64)
-        part_ptr = parts_ptr + of_head * strides[3]
-        if lse_parts_ptr is not None:
-            lse_ptrs, sums_ptr, stride_lse = lse_parts_ptr + of_head * strides_lse[2], None, strides_lse[0]
-        else:
-            lse_ptrs, sums_ptr, stride_lse = part_ptr + maximum_of_part(DIM), part_ptr + sum_of_part(DIM), strides[0]
-        values, lse = _combined(
-            *(part_ptr, lse_ptrs, sums_ptr, strides[0], stride_lse, count, UNIT, DIM, BLOCK_D, BLOCK_P)
-        )
-        dims = tl.arange(0, BLOCK_D)
-        out_ptrs = out_ptr + ((tl.cast(index, tl.int64) * seqlen + query) * heads + head) * DIM + dims
-        tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=dims < DIM)
-        tl.store(lse_ptr + ((tl.cast(index, tl.int64) * heads + head) * seqlen + query) + tl.arange(0, 1), lse)
+    dims = first_dim + tl.arange(0, BLOCK_D)
+    for turn in tl.range(0, early.turns(EARLY)):
+        now = early.turn(turn, EARLY)
+        if now and not FIRST:
+            early.let_next_start(EARLY)
+        first, parts = index * 0, count
+        if count is None:
+            layout = tiles.Layout(
+                *(batch, seqlen, keys[0], heads, None, None, None, cache_seqlens_ptr, leftpad_ptr, None, None, None),
+                *(None, None, batch, None, keys[1]),
+            )
+            on = splits.line(layout, Variant(*band), keys[2], SHORTEST, BLOCK_N, ENTRIES, now)
+            first, parts = splits.parts_of(index, on)
+        if count is not None or parts > 1:  # else written already
+            for head in range(first_head, tl.minimum(first_head + BLOCK_H, heads)):
+                of_parts = _place(index, query, head, first, strides)
+                if lse_parts_ptr is None:
+                    row_ptr = parts_ptr + of_parts * row_of_part(DIM)
+                    values, lse = _combined(
+                        *(row_ptr, row_ptr + maximum_of_part(DIM), row_ptr + sum_of_part(DIM), dims, parts, now),
+                        *(row_of_part(DIM), row_of_part(DIM), UNIT, DIM, BLOCK_P),
+                    )
+                else:
+                    lse_parts = lse_parts_ptr + _place(index, head, query, first, strides_lse)
+                    values, lse = _combined(
+                        *(parts_ptr + of_parts, lse_parts, None, dims, parts, now),
+                        *(strides[0], strides_lse[0], UNIT, DIM, BLOCK_P),
+                    )
+                out_ptrs = out_ptr + ((tl.cast(index, tl.int64) * seqlen + query) * heads + head) * DIM + dims
+                tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=now & (dims < DIM))
+                lse_ptrs = lse_ptr + ((tl.cast(index, tl.int64) * heads + head) * seqlen + query) + tl.arange(0, 1)
+                tl.store(lse_ptrs, lse, mask=now & (first_dim + tl.arange(0, 1) == 0))
+
+
+@triton.jit
+def _place(index, second, third, part, strides):
+    """Of the first part of a row: strides of (part, batch, second, third)."""
+    place = tl.cast(part, tl.int64) * strides[0] + tl.cast(index, tl.int64) * strides[1]
+    return place + tl.cast(second, tl.int64) * strides[2] + tl.cast(third, tl.int64) * strides[3]
 
 
 @triton.jit
@@ -87,21 +100,21 @@ def _combined(
     parts_ptr,
     lse_parts_ptr,  # or their maxima
     sums_ptr,  # of what was summed with these maxima subtracted; None: 1
+    dims,  # (BLOCK_D,)
+    count,
+    now,
     stride,
     stride_lse,
-    count,
     UNIT: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """out (BLOCK_D,) and lse (1,) of one row."""
-    dims = tl.arange(0, BLOCK_D)
     maximum, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    values = tl.zeros([BLOCK_D], tl.float32)
+    values = tl.zeros(dims.shape, tl.float32)
     for start in range(0, count, BLOCK_P):
         numbers = start + tl.arange(0, BLOCK_P)
-        exist = numbers < count
+        exist = now & (numbers < count)
         numbers = numbers.to(tl.int64)
         # All are on their way before any is waited for.
         lse = tl.load(lse_parts_ptr + numbers * stride_lse, mask=exist, other=float("-inf")).to(tl.float32)
@@ -143,7 +156,8 @@ def sum_of_part(dim: int) -> int:
     return maximum_of_part(dim) + 1
 
 
-_PROGRAMS = 1024  # enough to fill a device: more take several heads each
+_PROGRAMS = 1024  # enough to fill a device: more take several heads each, fewer share a head's columns
+_COLUMNS = 32  # of a program, at least
 _MOST_PARTS = 8192  # elements at a time
 _PARTS_OF_A_WARP = 2048  # of these
 
@@ -152,12 +166,16 @@ def launch(on: torch.device, rows: int, heads: int, dim: int, parts: int, **cons
     """The kernel for that many rows of all heads, and at most that many parts of each."""
     block_h = min(heads, max(1, triton.next_power_of_2(rows * heads // _PROGRAMS)))
     block_d = plan.block_dim(dim)
+    columns = block_d
+    while columns > _COLUMNS and rows * heads * (block_d // columns) * 2 <= _PROGRAMS:
+        columns //= 2
+    block_d = columns
     block_p = max(2, min(triton.next_power_of_2(parts), _MOST_PARTS // block_d))
     # Of few elements each thread reads several: that is sooner than to add up through shared memory.
     num_warps = 4 if block_h > 1 else max(1, min(4, block_p * block_d // _PARTS_OF_A_WARP))
     return Launch(
         combine_kernel,
-        rows * -(-heads // block_h),
+        rows * -(-heads // block_h) * -(-dim // block_d),
         constants={
             **constants,
             "DIM": dim,
@@ -202,6 +220,7 @@ class Combine(Prepared):
             SHORTEST=0,
             BLOCK_N=1,
             ENTRIES=1,
+            FIRST=False,
         )
 
     def __call__(self, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None):

@@ -45,7 +45,7 @@ def decode_kernel(
     v_ptr,
     out_ptr,  # contiguous
     lse_ptr,  # float32, contiguous
-    parts_ptr,  # float32 (parts, rows_q, heads, row of combine.py); None where no sequence is split
+    parts_ptr,  # float32 (batch or, on a line, 1, rows_q, heads, parts, row of combine.py); None: nothing is split
     cache_seqlens_ptr,
     cache_batch_ptr,
     leftpad_ptr,
@@ -80,8 +80,8 @@ def decode_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     EARLY: tl.constexpr,  # see early.py
+    AHEAD: tl.constexpr,  # keys are asked for before the kernel in front has ended
 ):
-    early.wait(EARLY)
     heads = heads_k * GROUP
     if ALIKE:  # offsets are then computed once
         strides_v = strides_k
@@ -96,6 +96,13 @@ def decode_kernel(
     first_row = program % row_tiles * BLOCK_M
     head_k = program // row_tiles % heads_k
     slot = program // row_tiles // heads_k
+    if AHEAD:
+        _ask_for_keys(
+            splits.first_part(slot, parts, layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES, True),
+            *(head_k, k_ptr, v_ptr, strides_k, strides_v, layout, PAGE_SIZE),
+            *(HEAD_DIM, HEAD_DIM_V, BLOCK_N, WIDE),
+        )
+        early.let_next_start(EARLY)
     # Rows are the queries' heads: GROUP of one query, then GROUP of the next.
     rows = first_row + tl.arange(0, BLOCK_M)
     queries, heads_q = rows // GROUP, head_k * GROUP + rows % GROUP
@@ -104,6 +111,9 @@ def decode_kernel(
     q_rows = queries.to(tl.int64) * strides_q[1] + heads_q.to(tl.int64) * strides_q[2]
     q_ptrs = q_ptr + q_rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
     of_part = combine.row_of_part(HEAD_DIM_V)
+    early.wait(q_rows + slot, EARLY)
+    if not AHEAD:
+        early.let_next_start(EARLY)
     if parts is not None:
         # q before any length is known: both are on their way together.
         q_ptrs += tl.cast(slot // parts, tl.int64) * strides_q[0]
@@ -116,7 +126,8 @@ def decode_kernel(
         if parts_ptr is None:
             _write(part, values, maximum, total, of, out_ptr, lse_ptr, layout, variant, HEAD_DIM_V, BLOCK_DV)
         else:
-            row_ptr = parts_ptr + (tl.cast(slot, tl.int64) * rows_q * heads + of.to_out) * of_part
+            row = (tl.cast(part.index, tl.int64) * rows_q * heads + of.to_out) * parts + part.number
+            row_ptr = parts_ptr + row * of_part
             _keep(values, maximum, total, of, row_ptr, HEAD_DIM_V, BLOCK_DV)
     else:
         on = splits.line(layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES)
@@ -132,8 +143,48 @@ def decode_kernel(
             if part.count == 1:
                 _write(part, values, maximum, total, of, out_ptr, lse_ptr, layout, variant, HEAD_DIM_V, BLOCK_DV)
             else:
-                row_ptr = parts_ptr + (tl.cast(slot + index, tl.int64) * rows_q * heads + of.to_out) * of_part
+                row = of.to_out * splits.most_parts_of(batch, shares) + slot + index
+                row_ptr = parts_ptr + row * of_part
                 _keep(values, maximum, total, of, row_ptr, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit
+def _ask_for_keys(
+    part,
+    head_k,
+    k_ptr,
+    v_ptr,
+    strides_k,
+    strides_v,
+    layout,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Brings the first block of a part into the L2 cache, by what lengths and table are now. The kernel in front may be
+    about to change these, and the keys: what it writes passes through the same cache.
+    """
+    sequence = tiles.sequence_of(part.index, layout, True)
+    k_ptr = tiles.head_start(k_ptr, sequence.key_batch, head_k, strides_k)
+    v_ptr = tiles.head_start(v_ptr, sequence.key_batch, head_k, strides_v)
+    k_ptr = tiles.row_start(k_ptr, sequence.key_start, strides_k)
+    v_ptr = tiles.row_start(v_ptr, sequence.key_start, strides_v)
+    k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, 1, WIDE)
+    v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, 1, WIDE)
+    if layout.block_table_ptr is None:
+        k_ptrs = tiles.row_start(k_ptr, part.begin, strides_k) + k_offsets
+        v_ptrs = tiles.row_start(v_ptr, part.begin, strides_v) + v_offsets
+    else:
+        entries = tiles.table_entries(part.begin, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N, True)
+        pages = tiles.pages_of(entries, layout)
+        k_ptrs = tiles.paged_tile(k_ptr, pages, part.begin, strides_k, k_offsets, PAGE_SIZE, BLOCK_N)
+        v_ptrs = tiles.paged_tile(v_ptr, pages, part.begin, strides_v, v_offsets, PAGE_SIZE, BLOCK_N)
+    # (BLOCK_N, 1)
+    exist = (part.begin + tl.arange(0, BLOCK_N) < part.end)[:, None]
+    early.ask(k_ptrs, exist, HEAD_DIM)
+    early.ask(v_ptrs, exist, HEAD_DIM_V)
 
 
 @triton.jit
@@ -181,7 +232,7 @@ def _attend(
         pages_k = tiles.table_entries(part.begin, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
         second = tiles.table_entries(part.begin + part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
         third = tiles.table_entries(part.begin + 2 * part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
-        pages_k, second = tiles.pages_of(pages_k, layout), tl.maximum(second, 0)
+        pages_k, second = tiles.pages_of(pages_k, layout), tiles.at_least(second, 0)
     for start in tl.range(part.begin, part.end, part.step):
         columns = start + tl.arange(0, BLOCK_N)
         if layout.block_table_ptr is None:
@@ -191,7 +242,7 @@ def _attend(
             k_ptrs = tiles.paged_tile(k_ptr, pages_k, start, strides_k, k_offsets, PAGE_SIZE, BLOCK_N)
             v_ptrs = tiles.paged_tile(v_ptr, pages_k, start, strides_v, v_offsets, PAGE_SIZE, BLOCK_N)
             # Clamped on the way, one side in each turn: Triton starts no load early whose address was only passed on.
-            pages_k, second = tl.minimum(second, layout.num_pages - 1), tl.maximum(third, 0)
+            pages_k, second = tiles.at_most(second, layout.num_pages - 1), tiles.at_least(third, 0)
             third = tiles.table_entries(start + 3 * part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
         # (BLOCK_N, BLOCK_D)
         k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, True)
@@ -279,7 +330,7 @@ class Decode(Prepared):
         row = plan.decode(device.architecture(q.device), q.element_size(), max(head_dim, head_dim_v))
         if any(dim * q.element_size() % 16 for dim in (head_dim, head_dim_v)):
             # Not copied straight into shared memory: it takes registers.
-            row = plan.DecodeRow(*(tile and tile._replace(BLOCK_N=min(tile.BLOCK_N, 32)) for tile in row))
+            row = plan.DecodeRow(*(tile._replace(BLOCK_N=min(tile.BLOCK_N, 32)) for tile in row))
         block_m = min(
             max(16, triton.next_power_of_2(rows_q * group)),
             plan.most_rows_of_decode(q.element_size(), max(head_dim, head_dim_v)),
@@ -292,20 +343,25 @@ class Decode(Prepared):
         room = row.split.programs * device.processors(q.device)
         # Windows that are short beside the cache are about as long in all sequences.
         self.cut = cut = plan.splits(row, room, programs, batch, seen, num_splits, full or 4 * seen <= capacity)
-        chosen = row.tiles(cut, page_size if self.paged else None)
+        chosen = row.tiles(cut)
         slots = cut.shares if cut.parts is None else batch * cut.parts
         entries = max(16, triton.next_power_of_2(batch)) if cut.parts is None else 16  # lengths that splits.py reads
 
+        ahead = (
+            early.allowed(q.device)
+            and cut.parts != 1  # programs whose turn comes late would only begin later
+            and plan.is_alone(chosen, (block_d + block_dv) * q.element_size())
+            and arguments.all_aligned(k_cache, v_cache)
+        )
         self.parts = None
         if cut.parts != 1:
-            of_head = combine.row_of_part(head_dim_v)
-            most = splits.most_parts(batch, *cut)
-            self.parts = arguments.Result((most, rows_q, heads, of_head), torch.float32, q.device)
-            of_row = heads * of_head
-            of_part = rows_q * of_row
-            of_batch = 0 if cut.parts is None else cut.parts * of_part  # else parts are numbered through
+            # A line's parts are numbered through.
+            sequences, most = (1, splits.most_parts(batch, cut.shares)) if cut.parts is None else (batch, cut.parts)
+            of_row = combine.row_of_part(head_dim_v)
+            self.parts = arguments.Result((sequences, rows_q, heads, most, of_row), torch.float32, q.device)
+            of_batch = 0 if cut.parts is None else rows_q * heads * most
             self.rest_of_combine = (
-                *((of_part, of_batch, of_row, of_head), None),
+                *((1, of_batch, heads * most, most), None),
                 *(batch, rows_q, heads, cut.parts, (capacity, cache.seqlen_new, cut.shares), of_call[:3]),
             )
             most = cut.parts or min(cut.shares, -(-seen // chosen.BLOCK_N))  # of a sequence
@@ -319,6 +375,7 @@ class Decode(Prepared):
                 SHORTEST=chosen.shortest,
                 BLOCK_N=chosen.BLOCK_N,
                 ENTRIES=entries,
+                FIRST=ahead,
             )
 
         self.head = (*strides, pages if self.paged else (None, None, None), k_cache.shape[0], heads_k, batch, rows_q)
@@ -343,6 +400,7 @@ class Decode(Prepared):
                 "PRECISION": arguments.precision(q),
                 "WIDE": arguments.is_wide(variant, 0, *strides),
                 "EARLY": early.allowed(q.device),
+                "AHEAD": ahead,
             },
             options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, **early.options(q.device)},
         )

@@ -40,8 +40,12 @@ class Line(NamedTuple):
     share: tl.tensor  # of a slot
 
 
-def most_parts(batch: int, parts: int | None, shares: int) -> int:
-    return batch * parts if parts is not None else shares + batch - 1
+def most_parts(batch, shares):
+    """Of a line. A number, or one that a kernel computes with ``most_parts_of``."""
+    return shares + batch - 1
+
+
+most_parts_of = triton.jit(most_parts)
 
 
 def most_seen(capacity: int, rows_q: int, diagonal: int | None, left: int | None, right: int | None, block: int) -> int:
@@ -53,12 +57,12 @@ def most_seen(capacity: int, rows_q: int, diagonal: int | None, left: int | None
 
 
 @triton.jit
-def _span(index, exist, layout, variant, BLOCK_N: tl.constexpr):
+def _span(index, exist, layout, variant, BLOCK_N: tl.constexpr, CHANGING: tl.constexpr):
     """The keys that any query of a sequence sees: (first, end). The first is a multiple of BLOCK_N.
 
-    ``index`` is a number, or a block of them.
+    ``index`` is a number, or a block of them. CHANGING, here and below: see ``tiles.cached_keys``.
     """
-    _, seqlen_k = tiles.cached_keys(index, layout, exist)
+    _, seqlen_k = tiles.cached_keys(index, layout, exist, CHANGING)
     diagonal = seqlen_k - layout.rows_q
     if variant.diagonal is not None:
         diagonal = variant.diagonal + index * 0
@@ -77,19 +81,28 @@ def _blocks(first, end, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def equal_part(slot, parts, layout, variant, BLOCK_N: tl.constexpr):
+def equal_part(slot, parts, layout, variant, BLOCK_N: tl.constexpr, CHANGING: tl.constexpr = False):
     """The part of a slot where every sequence has so many, some of which may have no keys."""
     index, number = slot // parts, slot % parts
-    first, end = _span(index, True, layout, variant, BLOCK_N)
+    first, end = _span(index, True, layout, variant, BLOCK_N, CHANGING)
     return Part(index, number, parts, first + number * BLOCK_N, end, parts * BLOCK_N)
 
 
 @triton.jit
-def line(layout, variant, shares, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr):
-    """``shares``: slots, each of which has SHORTEST keys at least, or none."""
+def line(
+    layout,
+    variant,
+    shares,
+    SHORTEST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    read=True,
+    CHANGING: tl.constexpr = False,
+):
+    """``shares``: slots, each of which has SHORTEST keys at least, or none. Unless ``read``, no length is."""
     index = tl.arange(0, ENTRIES)
-    exist = index < layout.batch
-    first, end = _span(index, exist, layout, variant, BLOCK_N)
+    exist = (index < layout.batch) & read
+    first, end = _span(index, exist, layout, variant, BLOCK_N, CHANGING)
     blocks = tl.where(exist, _blocks(first, end, BLOCK_N), 0)  # fewer than 2**31 altogether: plan.splits
     length = tl.sum(blocks, 0)
     return Line(blocks, length, tl.maximum(tl.cdiv(length, shares), SHORTEST // BLOCK_N))
@@ -106,15 +119,38 @@ def sequences_of(slot, on):
 
 
 @triton.jit
-def part_of(slot, index, start, on, layout, variant, BLOCK_N: tl.constexpr):
+def part_of(slot, index, start, on, layout, variant, BLOCK_N: tl.constexpr, CHANGING: tl.constexpr = False):
     """(part that a slot has of a sequence that starts there on the line, where the next sequence does)."""
-    first, end = _span(index, True, layout, variant, BLOCK_N)
+    first, end = _span(index, True, layout, variant, BLOCK_N, CHANGING)
     blocks = _blocks(first, end, BLOCK_N)
     first_slot, count = _slots(start, blocks, on)
     skipped = tl.maximum(slot * on.share - start, 0)
     behind = tl.minimum((slot + 1) * on.share - start, blocks)
     part_end = tl.minimum(first + behind * BLOCK_N, end)
     return Part(index, slot - first_slot, count, first + skipped * BLOCK_N, part_end, BLOCK_N), start + blocks
+
+
+@triton.jit
+def first_part(
+    slot,
+    parts,
+    layout,
+    variant,
+    shares,
+    SHORTEST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    CHANGING: tl.constexpr,
+):
+    """That a slot begins with; one that ends before it begins where there is none."""
+    if parts is not None:
+        return equal_part(slot, parts, layout, variant, BLOCK_N, CHANGING)
+    else:
+        on = line(layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES, True, CHANGING)
+        first, behind, start = sequences_of(slot, on)
+        index = tl.minimum(first, layout.batch - 1)
+        part, _ = part_of(slot, index, start, on, layout, variant, BLOCK_N, CHANGING)
+        return Part(index, part.number, part.count, part.begin, tl.where(first < behind, part.end, 0), part.step)
 
 
 @triton.jit

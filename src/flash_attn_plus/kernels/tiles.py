@@ -185,25 +185,26 @@ def query_tile(program, layout, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr)
 
 
 @triton.jit
-def cached_keys(index, layout, exist=True):
+def cached_keys(index, layout, exist=True, CHANGING: tl.constexpr = False):
     """First row and number of the keys that sequences have in their caches: inside of these, whatever the lists hold.
 
-    ``index`` is one number, or a block of them of which those exist that ``exist`` says.
+    ``index`` is one number, or a block of them of which those exist that ``exist`` says. CHANGING, here and below: what
+    is read may be about to change, and must not stay in the processor's own cache.
     """
     end = layout.rows_k + index * 0
     if layout.seqused_k_ptr is not None:
-        end = tl.load(layout.seqused_k_ptr + index, mask=exist, other=0)
+        end = tl.load(layout.seqused_k_ptr + index, mask=exist, other=0, cache_modifier=".cg" if CHANGING else "")
         # Not added to what is near the end of 32 bits.
         end = tl.minimum(tl.maximum(end, 0), layout.rows_k - layout.seqlen_new) + layout.seqlen_new
     start = index * 0
     if layout.leftpad_k_ptr is not None:
-        start = tl.load(layout.leftpad_k_ptr + index, mask=exist, other=0)
+        start = tl.load(layout.leftpad_k_ptr + index, mask=exist, other=0, cache_modifier=".cg" if CHANGING else "")
         start = tl.minimum(tl.maximum(start, 0), end)
     return start, end - start
 
 
 @triton.jit
-def sequence_of(index, layout):
+def sequence_of(index, layout, CHANGING: tl.constexpr = False):
     """A sequence of a batch whose keys are not in pages, unless these are its cache."""
     if layout.cu_seqlens_q_ptr is not None:
         query_start, query_rows, seqlen_q = _queries_of(index, layout)
@@ -212,11 +213,12 @@ def sequence_of(index, layout):
     elif layout.num_caches is None:
         return Sequence(index, index, 0, layout.rows_q, layout.rows_q, 0, layout.rows_k, index)
     else:
-        key_start, seqlen_k = cached_keys(index, layout)
+        key_start, seqlen_k = cached_keys(index, layout, True, CHANGING)
         if layout.block_table_ptr is not None:
             key_batch = index * 0
         elif layout.cache_batch_ptr is not None:
-            key_batch = clamp(tl.load(layout.cache_batch_ptr + index), 0, layout.num_caches - 1)
+            key_batch = tl.load(layout.cache_batch_ptr + index, cache_modifier=".cg" if CHANGING else "")
+            key_batch = clamp(key_batch, 0, layout.num_caches - 1)
         else:
             key_batch = index
         return Sequence(index, index, 0, layout.rows_q, layout.rows_q, key_start, seqlen_k, key_batch)
@@ -268,38 +270,86 @@ def tile_offsets(strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.co
     return rows[:, None] * strides[1] + tl.arange(0, BLOCK_D)[None, :]
 
 
+@triton.constexpr_function
+def pages_of_block(page_size: int, block: int) -> int | None:
+    """Of a block of keys: it lies in one page, or has two. None: it has more, for which looking each key's page up is
+    sooner (docs/performance.md), or begins anywhere in a page.
+    """
+    if page_size % block == 0:
+        return 1
+    return 2 if 2 * page_size == block else None
+
+
 @triton.jit
-def table_entries(start, end, sequence, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What the table holds for a block of keys: one entry where a page holds whole blocks, else that of each key.
-    Behind ``end``: that of the last key before it, or 0 where there is none, for which there may be no table.
+def table_entries(
+    start, end, sequence, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, CHANGING: tl.constexpr = False
+):
+    """What the table holds for a block of keys: a tuple of the entries of its pages where ``pages_of_block`` tells how
+    many, else of one tensor, with that of each key. Behind ``end``: that of the last key before it, or 0 where there is
+    none, for which there may be no table.
 
     To be read at least one turn of a loop before ``pages_of`` is used in it: Triton starts no load early whose address
     waits for another load of its turn.
     """
-    if PAGE_SIZE % BLOCK_N != 0:
-        start += tl.arange(0, BLOCK_N)
-    column = tl.maximum(tl.minimum(start, end - 1), 0)
+    COUNT: tl.constexpr = pages_of_block(PAGE_SIZE, BLOCK_N)
     table_ptr = layout.block_table_ptr + tl.cast(sequence.index, tl.int64) * layout.stride_table
-    entry = tl.minimum(column // PAGE_SIZE, layout.max_pages - 1)
-    return tl.load(table_ptr + entry, mask=column < end, other=0)
+    last = tl.minimum((tl.maximum(end, 1) - 1) // PAGE_SIZE, layout.max_pages - 1)
+    keys = start
+    if COUNT is None:
+        keys += tl.arange(0, BLOCK_N)
+    entries = (_entry(table_ptr, keys // PAGE_SIZE, last, end, CHANGING),)
+    if COUNT == 2:
+        entries += (_entry(table_ptr, keys // PAGE_SIZE + 1, last, end, CHANGING),)
+    return entries
+
+
+@triton.jit
+def _entry(table_ptr, number, last, end, CHANGING: tl.constexpr):
+    return tl.load(
+        table_ptr + tl.minimum(number, last), mask=end > 0, other=0, cache_modifier=".cg" if CHANGING else ""
+    )
+
+
+@triton.jit
+def at_least(entries, least):
+    """Each of a tuple."""
+    result = (tl.maximum(entries[0], least),)
+    for i in tl.static_range(1, len(entries)):
+        result += (tl.maximum(entries[i], least),)
+    return result
+
+
+@triton.jit
+def at_most(entries, most):
+    result = (tl.minimum(entries[0], most),)
+    for i in tl.static_range(1, len(entries)):
+        result += (tl.minimum(entries[i], most),)
+    return result
 
 
 @triton.jit
 def pages_of(entries, layout):
     """Pages: for a number outside of the pool, one inside."""
-    return clamp(entries, 0, layout.num_pages - 1)
+    return at_most(at_least(entries, 0), layout.num_pages - 1)
 
 
 @triton.jit
 def paged_tile(ptr, pages, start, strides, offsets, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Pointers (BLOCK_N, columns) to a block of keys in those pages; ``offsets`` are those of a tile."""
-    if PAGE_SIZE % BLOCK_N == 0:
+    COUNT: tl.constexpr = pages_of_block(PAGE_SIZE, BLOCK_N)
+    if COUNT == 1:
         row = tl.cast(start % PAGE_SIZE, tl.int64)
-        return ptr + (tl.cast(pages, tl.int64) * strides[0] + row * strides[1]) + offsets
-    else:
+        return ptr + (tl.cast(pages[0], tl.int64) * strides[0] + row * strides[1]) + offsets
+    elif COUNT is None:
         rows = ((start + tl.arange(0, BLOCK_N)) % PAGE_SIZE).to(tl.int64)
-        first = pages.to(tl.int64) * strides[0] + rows * strides[1]
+        first = pages[0].to(tl.int64) * strides[0] + rows * strides[1]
         return ptr + (first[:, None] + tl.arange(0, offsets.shape[1])[None, :])
+    else:
+        rows = tl.arange(0, BLOCK_N)
+        first, second = tl.cast(pages[0], tl.int64) * strides[0], tl.cast(pages[1], tl.int64) * strides[0]
+        of_rows = (rows % PAGE_SIZE).to(offsets.dtype) * strides[1]
+        columns = tl.arange(0, offsets.shape[1])
+        return ptr + tl.where(rows < PAGE_SIZE, first, second)[:, None] + (of_rows[:, None] + columns[None, :])
 
 
 @triton.jit
