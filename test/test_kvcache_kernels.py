@@ -121,7 +121,7 @@ LINE = [
     Case("line_leftpad", leftpad=(20, 0, 7, 3, 0, 32), batch_idx=(5, 0, 3, 3, 7, 1), caches=8, **_RAGGED),
     Case("line_no_keys", lengths=(0, 0, 0, 0), capacity=150, sink="bh"),
     Case("line_last", lengths=(0, 0, 0, 150), capacity=150, heads=2, heads_k=2),
-    *(Case(f"line_pages_{n}", page_size=n, sink="h", window=(70, -1), **_RAGGED) for n in (3, 16, 48)),
+    *(Case(f"line_pages_{n}", page_size=n, sink="h", window=(70, -1), **_RAGGED) for n in (3, 4, 16, 48)),
 ]
 
 

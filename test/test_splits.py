@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="the kernels do not run: Triton is
 import triton.language as tl  # noqa: E402
 
 from flash_attn_plus import plan  # noqa: E402
-from flash_attn_plus.kernels import scores, splits, tiles  # noqa: E402
+from flash_attn_plus.kernels import arguments, scores, splits, tiles  # noqa: E402
 
 UNWRITTEN = -7
 FIELDS = 7  # slot, sequence, number, count, begin, end, step
@@ -181,6 +181,20 @@ TILE = plan.DecodePlan(128, 4, 3, 1, 128)
 @pytest.mark.parametrize("itemsize, dim, alone", [(2, 64, False), (2, 128, True), (2, 256, True), (4, 128, False)])
 def test_programs_that_are_alone_on_a_processor(itemsize: int, dim: int, alone: bool) -> None:
     assert plan.is_alone(plan.decode("sm_90", itemsize, dim).split, 2 * dim * itemsize) is alone
+
+
+def test_rows_that_can_be_asked_for_ahead() -> None:
+    cache = torch.empty(3, 5, 2, 24, dtype=torch.float16)
+    assert arguments.all_aligned(cache, cache[:, 1:], cache[..., :1, :], cache.transpose(1, 2), cache[..., 8:16])
+    flat = torch.empty(3 * 5 * 2 * 24 + 8, dtype=torch.float16)
+    for unaligned in (
+        cache[..., 4:],  # begins between
+        cache[..., :20],  # ends between
+        flat[1 : 1 + cache.numel()].view(cache.shape),
+        torch.empty(3, 5, 2, 20, dtype=torch.float16)[..., :16],  # every other row begins between
+        torch.empty(3, 5, 24, 2, dtype=torch.float16).transpose(2, 3),
+    ):
+        assert not arguments.all_aligned(unaligned) and not arguments.all_aligned(cache, unaligned)
 
 
 @pytest.mark.parametrize(

@@ -97,12 +97,12 @@ def decode_kernel(
     head_k = program // row_tiles % heads_k
     slot = program // row_tiles // heads_k
     if AHEAD:
+        early.let_next_start(EARLY)
         _ask_for_keys(
             splits.first_part(slot, parts, layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES, True),
             *(head_k, k_ptr, v_ptr, strides_k, strides_v, layout, PAGE_SIZE),
             *(HEAD_DIM, HEAD_DIM_V, BLOCK_N, WIDE),
         )
-        early.let_next_start(EARLY)
     # Rows are the queries' heads: GROUP of one query, then GROUP of the next.
     rows = first_row + tl.arange(0, BLOCK_M)
     queries, heads_q = rows // GROUP, head_k * GROUP + rows % GROUP

@@ -272,12 +272,10 @@ def tile_offsets(strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.co
 
 @triton.constexpr_function
 def pages_of_block(page_size: int, block: int) -> int | None:
-    """Of a block of keys: it lies in one page, or has two. None: it has more, for which looking each key's page up is
-    sooner (docs/performance.md), or begins anywhere in a page.
-    """
+    """Of a block of keys: it lies in one page, or has a few. None: it has many, or begins anywhere in a page."""
     if page_size % block == 0:
         return 1
-    return 2 if 2 * page_size == block else None
+    return block // page_size if block % page_size == 0 and block // page_size <= 8 else None
 
 
 @triton.jit
@@ -298,8 +296,9 @@ def table_entries(
     if COUNT is None:
         keys += tl.arange(0, BLOCK_N)
     entries = (_entry(table_ptr, keys // PAGE_SIZE, last, end, CHANGING),)
-    if COUNT == 2:
-        entries += (_entry(table_ptr, keys // PAGE_SIZE + 1, last, end, CHANGING),)
+    if COUNT is not None:
+        for i in tl.static_range(1, COUNT):
+            entries += (_entry(table_ptr, keys // PAGE_SIZE + i, last, end, CHANGING),)
     return entries
 
 
@@ -346,10 +345,12 @@ def paged_tile(ptr, pages, start, strides, offsets, PAGE_SIZE: tl.constexpr, BLO
         return ptr + (first[:, None] + tl.arange(0, offsets.shape[1])[None, :])
     else:
         rows = tl.arange(0, BLOCK_N)
-        first, second = tl.cast(pages[0], tl.int64) * strides[0], tl.cast(pages[1], tl.int64) * strides[0]
+        first = tl.zeros([BLOCK_N], tl.int64) + tl.cast(pages[0], tl.int64) * strides[0]
+        for i in tl.static_range(1, COUNT):
+            # Which page a thread's rows lie in, the compiler knows.
+            first = tl.where(rows // PAGE_SIZE == i, tl.cast(pages[i], tl.int64) * strides[0], first)
         of_rows = (rows % PAGE_SIZE).to(offsets.dtype) * strides[1]
-        columns = tl.arange(0, offsets.shape[1])
-        return ptr + tl.where(rows < PAGE_SIZE, first, second)[:, None] + (of_rows[:, None] + columns[None, :])
+        return ptr + first[:, None] + (of_rows[:, None] + tl.arange(0, offsets.shape[1])[None, :])
 
 
 @triton.jit
