@@ -6,6 +6,7 @@ and has flag_gems' faults. Where flag_gems drops or damages something without a 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import textwrap
@@ -470,7 +471,17 @@ class TestGuards:
         with pytest.raises(NotImplementedError, match=message):
             op(*map(on_meta, args), **{name: on_meta(x) for name, x in options.items()})
 
-    @pytest.mark.parametrize("call", [dense_call, varlen_call])
+    @pytest.mark.parametrize(
+        "call",
+        [
+            dense_call,
+            varlen_call,
+            # A stride along one sequence leads nowhere.
+            lambda: dense_call(
+                q=wide(1, 9, 2, 32), k=wide(1, 9, 2, 32), v=wide(3, 9, 2, 32).as_strided((1, 9, 2, 32), (7, 64, 32, 1))
+            ),
+        ],
+    )
     def test_let_the_unchanged_call_through(self, call) -> None:
         op, args, options = call()
         with pytest.raises(AskedTooEarly):
@@ -838,6 +849,26 @@ class TestContext:
         assert len(stand_in.calls) == 10
         call_each(*tensors)
         assert len(stand_in.calls) == 10
+
+    def test_explain_tells_of_it(self, stand_in: StandIn) -> None:
+        q, k, v = dense(2, 9, 2, 32)
+        packed_qkv, lengths = packed(), dict(cu_seqlens_q=CU, cu_seqlens_k=CU, max_seqlen_q=9, max_seqlen_k=9)
+        ours = fap.explain(q, k, v)
+
+        def in_context(*args, **options) -> str:
+            with fap.use_backend("flag_gems"):
+                return fap.explain(*args, **options)
+
+        for explain in (functools.partial(fap.explain, backend="flag_gems"), in_context):
+            told = explain(q, k, v)
+            assert "forward: flag_gems 5.0.2: flash_attention_forward" in told and "backward: none" in told
+            assert "forward: flag_gems 5.0.2: flash_attn_varlen_func" in explain(*packed_qkv, **lengths)
+            assert "no queries" in explain(q[:, :0], k, v)
+            with pytest.raises(NotImplementedError, match="sink"):
+                explain(q, k, v, sink=torch.zeros(2))
+        with pytest.raises(ValueError, match="backend: expected one of 'flag_gems'"):
+            fap.explain(q, k, v, backend="else")
+        assert fap.explain(q, k, v) == ours and "flag_gems" not in ours and not stand_in.calls
 
     def test_nothing_else_runs_in_its_place(self, stand_in: StandIn) -> None:
         q, k, v = dense(2, 1, 2, 32)

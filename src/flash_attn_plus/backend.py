@@ -22,6 +22,7 @@ _FUNCTIONS = frozenset(
         interface.flash_attn_varlen_func,
         interface.flash_attn_varlen_kvpacked_func,
         interface.flash_attn_varlen_qkvpacked_func,
+        interface.explain,
     )
 )
 _packets = getattr(torch.ops, NAMESPACE)

@@ -529,6 +529,7 @@ def flash_attn_combine(
     return out.copy_(combined), lse
 
 
+@_public
 def explain(
     q: Tensor,
     k: Tensor,
@@ -551,11 +552,13 @@ def explain(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    backend: str | None = None,
 ) -> str:
     """What runs for this call on this device, forward and backward, and why. Computes nothing.
 
     Takes the arguments of :func:`flash_attn_func`, or of :func:`flash_attn_varlen_func` (by name) where
-    cu_seqlens_q is given, and raises what they would raise.
+    cu_seqlens_q is given, and raises what they would raise. A backend that is selected, by its argument or by
+    :class:`use_backend`, is imported.
 
     Example::
 
@@ -563,12 +566,14 @@ def explain(
     """
     # Any state has the right shape; drawing one would change every later random number.
     rng_state = q.new_empty((2,), dtype=torch.int64) if dropout_p > 0.0 else None
+    if backend is not None:
+        eager.selected(backend, "fwd")  # raises where there is none
     variant = _variant(
         *(softmax_scale, causal, window_size, softcap, alibi_slopes, attn_bias, sink, dropout_p, rng_state),
         deterministic,
     )
     if cu_seqlens_q is None:
-        return library.explain(q, k, v, variant)
+        return library.explain(q, k, v, variant, None, backend)
     for name, value in (("cu_seqlens_k", cu_seqlens_k), ("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value is None:
             raise ValueError(f"{name}: expected a value beside cu_seqlens_q, got None")
@@ -576,4 +581,4 @@ def explain(
     layout = _layout(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, leftpad_k, block_table
     )
-    return library.explain(q, k, v, variant, layout)
+    return library.explain(q, k, v, variant, layout, backend)

@@ -365,13 +365,14 @@ def _dispatch_key(of: torch.device) -> str:
     return "PrivateUse1" if of.type == torch._C._get_privateuse1_backend_name() else of.type.upper()
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
-    """What the device's module would run for these arguments, and why."""
-    if layout is None:
-        checks.dense(q, k, v, variant)
-    else:
-        checks.varlen(q, k, v, layout, variant)
-    module = BACKENDS.get(_dispatch_key(q.device), BACKENDS["CompositeExplicitAutograd"])
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None, backend: str | None = None
+) -> str:
+    """What the device's module, or a backend, would run for these arguments, and why."""
+    name = "fwd" if layout is None else "varlen_fwd"
+    operator = _OPERATORS[name if backend is None else f"{backend}_{name}"]
+    operator.check(*((q, k, v, variant) if layout is None else (q, k, v, layout, variant)))
+    module = operator.module or BACKENDS.get(_dispatch_key(q.device), BACKENDS["CompositeExplicitAutograd"])
     return importlib.import_module(f"{__package__}.{module}").explain(q, k, v, variant, layout)
 
 

@@ -69,6 +69,15 @@ def prepare_varlen_forward(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, vari
     return functools.partial(_varlen, _own(flag_gems, "flash_attn_varlen_func"))
 
 
+def explain(q: Tensor, k: Tensor, v: Tensor, variant: Variant, layout: Varlen | None = None) -> str:
+    """Which of its functions computes a call that was checked; imports it."""
+    prepared = prepare_forward(q, k, v, variant) if layout is None else prepare_varlen_forward(q, k, v, layout, variant)
+    runs = "nothing: there are no queries, or no keys"
+    if isinstance(prepared, functools.partial):
+        runs = f"flag_gems {_VERSION}: {prepared.args[0].__name__}, which the caller selects"
+    return f"forward: {runs}\nbackward: none: what flag_gems computes has no gradient"
+
+
 def _expect_32_bits(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> None:
     """Of what is given, and of what is made of it: copies (also of what is expanded), padding and the output."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
