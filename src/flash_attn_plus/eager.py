@@ -293,7 +293,8 @@ def again(step: Step) -> tuple[Tensor, Tensor] | None:
     rotary, append_kv, decode, variant, num_splits = latest.run
     q, k_cache, v_cache, k, v, cos, sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *_ = step
     # Inference tensors look like others where the thread excludes autograd.
-    if append_kv is not None and not _may_write_into((k_cache, v_cache)):
+    inference = append_kv is not None and (k_cache.is_inference() or v_cache.is_inference())
+    if inference and not torch.is_inference_mode_enabled():
         return None
     if rotary is not None:
         x, *rotation = _rotation(step, cache_seqlens, variant)
@@ -302,15 +303,21 @@ def again(step: Step) -> tuple[Tensor, Tensor] | None:
     if append_kv is not None:
         seqlen_new = k.shape[1]
         new = New(cache_seqlens, cache_batch_idx, block_table, cos, sin, step.rotary_interleaved)
-        _rise((k_cache, v_cache))
+        if inference:
+            _rise((k_cache, v_cache))
+        else:
+            _increment((k_cache, v_cache))
         append_kv(k_cache, v_cache, k, v, new)
     cache = Cache(cache_seqlens, seqlen_new, cache_batch_idx, cache_leftpad, block_table)
     return decode(q, k_cache, v_cache, cache, variant, num_splits)
 
 
+_increment = torch.autograd.graph.increment_version
+
+
 def _rise(caches: Sequence[Tensor]) -> None:
     """The dispatcher's part in writing into them: inference tensors have no version."""
-    torch.autograd.graph.increment_version([x for x in caches if not x.is_inference()])
+    _increment([x for x in caches if not x.is_inference()])
 
 
 def step(of_call: Step, append: tuple | None, decode: tuple) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_, itemgetter
 
 import torch
 from torch import Tensor
@@ -134,14 +135,17 @@ class Latest(Found):
     requires_grad of all tensors at once, in C++.
     """
 
-    __slots__ = ("again", "alignments", "guards", "options", "parts", "places", "records", "rest", "skeleton")
+    __slots__ = (
+        *("again", "alignments", "guards", "numbers", "numbers_of", "options", "parts", "places", "records"),
+        *("skeleton", "tensors_of"),
+    )
 
     def __init__(self, structured: tuple, run: Callable) -> None:
         super().__init__(run)
         # What stands for the parts on the tape (autograd.Skeleton), and the places of the tensors that it leaves out.
         self.skeleton, self.options = [], []
         # (place, None) of a tensor, (place, place in a part) of a tensor in Varlen or Variant.
-        at, self.parts, self.rest = [], [], []
+        at, self.parts, numbers = [], [], []
         for i, x in enumerate(structured):
             if isinstance(x, Tensor):
                 at.append((i, None))
@@ -152,8 +156,10 @@ class Latest(Found):
                 self.parts.append((i, x._replace(**dict.fromkeys(names, Tensor)) if names else x, bool(names)))
                 self.skeleton.append((x._replace(**dict.fromkeys(names)) if names else x, names))
             else:
-                self.rest.append((i, x))
+                numbers.append(i)
         self.skeleton = tuple(self.skeleton)
+        self.numbers_of = _picking(numbers)
+        self.numbers = self.numbers_of(structured)
         at += self.options
         # The first place of each tensor, and those where it comes again, as cu_seqlens often do.
         firsts: dict[int, tuple] = {}
@@ -161,6 +167,8 @@ class Latest(Found):
         places = [(place, firsts.setdefault(id(x), place)) for place, x in zip(at, tensors, strict=True)]
         self.again = [(place, first) for place, first in places if place != first]
         self.places = list(firsts.values())
+        # Of structured arguments without tensors in parts; None where there are some.
+        self.tensors_of = _picking([i for i, _ in self.places]) if all(j is None for _, j in self.places) else None
         tensors = [_at(structured, place) for place in self.places]
         sizes, strides = ([list(f(x)) for x in tensors] for f in (Tensor.size, Tensor.stride))
         self.guards = _GUARDS(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
@@ -171,21 +179,31 @@ class Latest(Found):
         self.records = seen and any(x.requires_grad for x in tensors)
 
     def is_like(self, structured: tuple) -> bool:
-        for i, x in self.rest:
-            other = structured[i]
-            if other is not x and not _are_equal(other, x):
-                return False
+        numbers = self.numbers_of(structured)
+        # Most often they are the same objects: None, False, small integers, what the caller's code has in it.
+        if not all(map(is_, numbers, self.numbers)) and not all(map(_are_equal, numbers, self.numbers)):
+            return False
         for i, part, has_tensors in self.parts:
             if structured[i] is not part and not _are_like(structured[i], part, has_tensors):
                 return False
         for place, first in self.again:
             if _at(structured, place) is not _at(structured, first):
                 return False
-        tensors = [structured[i] if j is None else structured[i][j] for i, j in self.places]
+        if self.tensors_of is not None:
+            tensors = self.tensors_of(structured)
+        else:
+            tensors = [structured[i] if j is None else structured[i][j] for i, j in self.places]
         if not self.guards.check(*tensors):
             return False
         addresses = [x.data_ptr() for x in tensors]
         return 0 not in addresses and [address % 16 for address in addresses] == self.alignments
+
+
+def _picking(places: list[int]) -> Callable[[tuple], tuple]:
+    """What takes these out of a tuple."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda structured: tuple([structured[i] for i in places])
 
 
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
@@ -200,6 +218,8 @@ def _at(structured: tuple, place: tuple[int, int | None]):
 
 def _are_equal(x, y) -> bool:
     """Equal values of equal types, in tuples too."""
+    if x is y:
+        return True
     if x.__class__ is not y.__class__ or x != y:
         return False
     return x.__class__ is not tuple or all(map(_are_equal, x, y))
