@@ -166,8 +166,17 @@ def test_50_reruns_of_appending_are_bit_equal(device):
 class Growing:
     """A batch of decoders whose sequences grow: one step appends and attends, and is captured once."""
 
-    def __init__(self, device: str, page_size: int, seqlen: int = 1, rotary: bool = True, capacity: int = 3000) -> None:
-        self.seqlen, self.batch, heads, heads_k, dim = seqlen, 4, 8, 2, 64
+    def __init__(
+        self,
+        device: str,
+        page_size: int,
+        seqlen: int = 1,
+        rotary: bool = True,
+        capacity: int = 3000,
+        batch: int = 4,
+        dim: int = 64,
+    ) -> None:
+        self.seqlen, self.batch, heads, heads_k = seqlen, batch, 8, 2
         make = functools.partial(torch.randn, dtype=BF16, device=device)
         self.q = make(self.batch, seqlen, heads, dim)
         self.k, self.v = make(2, self.batch, seqlen, heads_k, dim).unbind(0)
@@ -231,6 +240,38 @@ class TestGraphs:
             assert not any(torch.equal(results[0], earlier) for earlier in seen)
             seen.append(results[0].clone())
         assert all(x.isfinite().all() for x in results)
+
+    @pytest.mark.parametrize("page_size", [0, 16, 48, 64, 256])
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_keys_that_were_asked_for_ahead(self, batch, page_size, device):
+        """Programs that have a processor to themselves ask for their first keys while these, and how many they are, are
+        being written.
+        """
+        growing = Growing(device, page_size, batch=batch, dim=128, capacity=2048)
+        lengths = torch.zeros_like(growing.lengths)
+
+        def step(caches: list[Tensor]) -> list[Tensor]:
+            results = []
+            for _ in range(6):
+                results += growing.step(caches)
+                growing.lengths.add_(1)
+            growing.lengths.copy_(lengths)
+            return results
+
+        step([x.clone() for x in growing.caches])  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step(growing.caches)
+        for x in growing.caches:
+            x.normal_()
+        caches = [x.clone() for x in growing.caches]
+        for start in (0, 3, 100, 126, 1100, 2041):
+            lengths.fill_(start)
+            growing.next([start] * batch)
+            graph.replay()
+            got = [x.clone() for x in results]
+            assert same_bits(tuple(got), tuple(step(caches))), f"from {start}"
+            assert same_bits(tuple(growing.caches), tuple(caches)), f"caches from {start}"
 
     @pytest.mark.parametrize("page_size", [0, 16])
     def test_from_nothing_to_the_whole_capacity(self, page_size, device):
