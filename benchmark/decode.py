@@ -12,6 +12,7 @@ pages in no order, or (SDPA) sequences of a head. What is timed is compared with
 the last sequence of the first and the last cache; a wrong result is shown as "wrong", never as a speed.
 
 Bytes are those of the keys and values that are seen: with random lengths, of the lengths; with a window, of the window.
+Beside the window stand caches that have no more keys than it.
 A copy reads half as many bytes as there are keys and values, and writes the other half.
 
 "step" is one token: append its key and value, then attend. The host's time is that of an eager call in torch.no_grad,
@@ -125,6 +126,7 @@ class Option:
     page: int | None = None
     random_lengths: bool = False
     window: int | None = None
+    keys: int | None = None  # caches that have no more; contiguous
     softcap: float = 0.0
     sink: bool = False
 
@@ -135,6 +137,7 @@ OPTIONS = {
     "lengths": Option(random_lengths=True),
     "page 16, lengths": Option(page=16, random_lengths=True),
     f"window {WINDOW}": Option(window=WINDOW),
+    f"{WINDOW} keys": Option(keys=WINDOW),
     "softcap": Option(softcap=SOFTCAP),
     "sink": Option(sink=True),
 }
@@ -225,27 +228,33 @@ class Case:
 
 def ours(store: Store, option: Option) -> Case:
     row = store.row
-    lengths = [store.random if option.random_lengths else store.full]
+    lengths, rows = [store.random if option.random_lengths else store.full], [slice(None)]
     seen = int(lengths[0].sum())
     if option.window is not None:  # the windows of other lengths lie elsewhere: fewer caches are enough
         ends = range(option.window, row.keys + 1, option.window)
         lengths, seen = [store.lengths([end] * row.batch) for end in ends], row.batch * option.window
-    places = list(itertools.product(store.copies, lengths))[: launches_until_again(row.bytes(seen))]
+    if option.keys is not None:  # so do the caches that a long one is cut into
+        starts = range(0, row.keys - option.keys + 1, option.keys)
+        rows = [slice(start, start + option.keys) for start in starts]
+        lengths, seen = [store.lengths([option.keys] * row.batch)], row.batch * option.keys
+    places = list(itertools.product(store.copies, lengths, rows))[: launches_until_again(row.bytes(seen))]
     options = {"softcap": option.softcap, "sink": store.sink if option.sink else None, "causal": True}
     if option.window is not None:
         options["window_size"] = (option.window - 1, 0)
 
-    def call(copy: int, cache_seqlens: Tensor) -> Tensor:
+    def call(copy: int, cache_seqlens: Tensor, part: slice) -> Tensor:
         k, v, table = store.caches(copy, option.page)
+        if option.keys is not None:
+            k, v = k[:, part], v[:, part]
         return fap.flash_attn_with_kvcache(store.q, k, v, cache_seqlens=cache_seqlens, block_table=table, **options)
 
     def error(i: int, out: Tensor) -> float:
-        copy, cache_seqlens = places[i]
+        copy, cache_seqlens, part = places[i]
         errors = []
         for entry in store.sampled:
             end = int(cache_seqlens[entry])
             keys = slice(0 if option.window is None else max(0, end - option.window), end)
-            k, v = (x[keys] for x in store.keys_of(copy, option.page, entry))
+            k, v = (x[part][keys] for x in store.keys_of(copy, option.page, entry))
             expected = reference(store.q[entry], k, v, None, option.softcap, options["sink"])
             errors.append(relative(out[entry], expected))
         return torch.tensor(errors).max().item()  # unlike max(), keeps a NaN
