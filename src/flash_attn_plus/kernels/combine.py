@@ -26,7 +26,7 @@ def combine_kernel(
     lse_parts_ptr,  # None: parts are rows as below
     cache_seqlens_ptr,
     leftpad_ptr,
-    strides,  # of parts: (part, batch, row, head); of rows as below, in rows, where those of a head lie side by side
+    strides,  # of parts: (part, batch, row, head), of rows as below in rows
     strides_lse,  # of lse_parts: (part, batch, head, row); None: they are in the rows of parts
     batch,
     seqlen,
@@ -74,7 +74,7 @@ def combine_kernel(
                     row_ptr = parts_ptr + of_parts * row_of_part(DIM)
                     values, lse = _combined(
                         *(row_ptr, row_ptr + maximum_of_part(DIM), row_ptr + sum_of_part(DIM), dims, parts, now),
-                        *(row_of_part(DIM), row_of_part(DIM), UNIT, DIM, BLOCK_P),
+                        *(strides[0] * row_of_part(DIM), strides[0] * row_of_part(DIM), UNIT, DIM, BLOCK_P),
                     )
                 else:
                     lse_parts = lse_parts_ptr + _place(index, head, query, first, strides_lse)

@@ -45,7 +45,7 @@ def decode_kernel(
     v_ptr,
     out_ptr,  # contiguous
     lse_ptr,  # float32, contiguous
-    parts_ptr,  # float32 (batch or, on a line, 1, rows_q, heads, parts, row of combine.py); None: nothing is split
+    parts_ptr,  # float32 (batch, rows_q, heads, parts, row of combine.py); a line's (parts, rows_q, heads, row); None
     cache_seqlens_ptr,
     cache_batch_ptr,
     leftpad_ptr,
@@ -143,7 +143,7 @@ def decode_kernel(
             if part.count == 1:
                 _write(part, values, maximum, total, of, out_ptr, lse_ptr, layout, variant, HEAD_DIM_V, BLOCK_DV)
             else:
-                row = of.to_out * splits.most_parts_of(batch, shares) + slot + index
+                row = tl.cast(slot + index, tl.int64) * rows_q * heads + of.to_out
                 row_ptr = parts_ptr + row * of_part
                 _keep(values, maximum, total, of, row_ptr, HEAD_DIM_V, BLOCK_DV)
 
@@ -355,13 +355,18 @@ class Decode(Prepared):
         )
         self.parts = None
         if cut.parts != 1:
-            # A line's parts are numbered through.
-            sequences, most = (1, splits.most_parts(batch, cut.shares)) if cut.parts is None else (batch, cut.parts)
+            # Rows of a part, in an order in which combining, or the line's loop, computes least. A line's parts are
+            # numbered through.
             of_row = combine.row_of_part(head_dim_v)
-            self.parts = arguments.Result((sequences, rows_q, heads, most, of_row), torch.float32, q.device)
-            of_batch = 0 if cut.parts is None else rows_q * heads * most
+            if cut.parts is None:
+                shape = (splits.most_parts(batch, cut.shares), rows_q, heads, of_row)
+                strides_of_parts = (rows_q * heads, 0, heads, 1)
+            else:
+                shape = (batch, rows_q, heads, cut.parts, of_row)
+                strides_of_parts = (1, rows_q * heads * cut.parts, heads * cut.parts, cut.parts)
+            self.parts = arguments.Result(shape, torch.float32, q.device)
             self.rest_of_combine = (
-                *((1, of_batch, heads * most, most), None),
+                *(strides_of_parts, None),
                 *(batch, rows_q, heads, cut.parts, (capacity, cache.seqlen_new, cut.shares), of_call[:3]),
             )
             most = cut.parts or min(cut.shares, -(-seen // chosen.BLOCK_N))  # of a sequence

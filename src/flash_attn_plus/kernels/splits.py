@@ -40,12 +40,9 @@ class Line(NamedTuple):
     share: tl.tensor  # of a slot
 
 
-def most_parts(batch, shares):
-    """Of a line. A number, or one that a kernel computes with ``most_parts_of``."""
+def most_parts(batch: int, shares: int) -> int:
+    """Of a line."""
     return shares + batch - 1
-
-
-most_parts_of = triton.jit(most_parts)
 
 
 def most_seen(capacity: int, rows_q: int, diagonal: int | None, left: int | None, right: int | None, block: int) -> int:
