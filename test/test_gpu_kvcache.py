@@ -81,7 +81,7 @@ LONG = [
     long("layer", layout="layer"),
     *(long(f"splits_{n}", num_splits=n) for n in (1, 2, 7, 100, 5000)),
     *(long(f"paged_{n}", page_size=n) for n in (1, 16, 48, 64, 256)),
-    long("paged_64_dim_128", page_size=64, dim=128, heads=8, lengths=(100_001, 70_000, 5, 1300)),  # tiles of their own
+    long("paged_64_dim_128", page_size=64, dim=128, heads=8, lengths=(100_001, 70_000, 5, 1300)),
     long("paged_64_window", page_size=64, dim=128, heads=8, window=(60_000, -1)),
     long("paged_shared", page_size=16, shared_pages=2000, lengths=(131_072, 32_001, 40_000)),
     long("paged_window", page_size=16, window=(3000, -1), sink="h", causal=True, seqlen_q=2),

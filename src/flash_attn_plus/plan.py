@@ -316,12 +316,14 @@ class DecodeRow(NamedTuple):
         return self.whole if cut.parts == 1 else self.split
 
 
-# Bytes of an H100's shared memory that two programs have each.
+# Bytes of shared memory that two programs have each: of an H100, and of what has as much.
 _HALF_A_PROCESSOR = 113 * 1024
 
 
 def is_alone(tile: DecodePlan, bytes_of_key: int) -> bool:
-    """Whether a program that decodes takes so much shared memory that no second one is placed beside it."""
+    """Whether a program that decodes takes so much shared memory that no second one is placed beside it. Where
+    processors have less than an H100's, so do smaller ones, of which this says no.
+    """
     return (tile.num_stages - 1) * tile.BLOCK_N * bytes_of_key > _HALF_A_PROCESSOR
 
 

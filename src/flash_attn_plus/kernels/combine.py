@@ -67,7 +67,8 @@ def combine_kernel(
             )
             on = splits.line(layout, Variant(*band), keys[2], SHORTEST, BLOCK_N, ENTRIES, now)
             first, parts = splits.parts_of(index, on)
-        if count is not None or parts > 1:  # else written already
+            parts = tl.maximum(parts, 1)  # no length is known in a turn that only prepares
+        if count is not None or parts > 1 or not now:  # else written already
             for head in range(first_head, tl.minimum(first_head + BLOCK_H, heads)):
                 of_parts = _place(index, query, head, first, strides)
                 if lse_parts_ptr is None:

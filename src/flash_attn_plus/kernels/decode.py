@@ -181,8 +181,10 @@ def _ask_for_keys(
         pages = tiles.pages_of(entries, layout)
         k_ptrs = tiles.paged_tile(k_ptr, pages, part.begin, strides_k, k_offsets, PAGE_SIZE, BLOCK_N)
         v_ptrs = tiles.paged_tile(v_ptr, pages, part.begin, strides_v, v_offsets, PAGE_SIZE, BLOCK_N)
+    keys = part.begin + tl.arange(0, BLOCK_N)
+    # Within the cache even if its padding changes between the two times that it was read.
+    exist = ((keys < part.end) & (sequence.key_start + keys < layout.rows_k))[:, None]
     # (BLOCK_N, 1)
-    exist = (part.begin + tl.arange(0, BLOCK_N) < part.end)[:, None]
     early.ask(k_ptrs, exist, HEAD_DIM)
     early.ask(v_ptrs, exist, HEAD_DIM_V)
 

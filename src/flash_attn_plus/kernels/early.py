@@ -39,7 +39,8 @@ def options(on: torch.device) -> dict[str, bool]:
 @triton.jit
 def let_next_start(EARLY: tl.constexpr):
     """Places the kernel behind as soon as there is room. It waits, as every kernel here does, in every program: so that
-    the end of a kernel is also that of all kernels before it.
+    the end of a kernel is also that of all kernels before it. Others that start early have to wait, too: one that
+    writes before it does may overlap with more than the kernel in front of it.
     """
     if EARLY:
         cuda.gdc_launch_dependents()
