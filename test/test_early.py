@@ -1,8 +1,8 @@
 """Kernels that start before the kernel in front has ended (kernels/early.py), in the interpreter.
 
-Until a program waits, lengths, paddings, numbers of caches and pages hold anything here; results are NaN. What a program
-does before must not show, and must not leave the caches. On a GPU test_gpu_kvcache.py has graphs in which all of these
-are written in front.
+Until a program waits, lengths, paddings, numbers of caches and pages hold anything here; results are NaN. What it does
+before must not show, and must not leave the caches. On a GPU test_gpu_kvcache.py has graphs in which all of these are
+written in front.
 """
 
 from __future__ import annotations
