@@ -159,8 +159,8 @@ def sum_of_part(dim: int) -> int:
 
 _PROGRAMS = 1024  # enough to fill a device: more take several heads each, fewer share a head's columns
 _COLUMNS = 32  # of a program, at least
-_MOST_PARTS = 8192  # elements at a time
-_PARTS_OF_A_WARP = 2048  # of these
+_MOST_PARTS = 4096  # elements at a time
+_PARTS_OF_A_WARP = 1024  # of these
 
 
 def launch(on: torch.device, rows: int, heads: int, dim: int, parts: int, **constants: int) -> Launch:
