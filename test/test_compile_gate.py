@@ -317,7 +317,6 @@ DECODE_KINDS = ("plain", "paged", "pages_64", "small_pages", "window", "options"
 
 # As SPILLS, by kind, of any of its kernels; 16 bytes of masks everywhere. A slot that goes through several sequences
 # has more to keep than one with a sequence of its own.
-# In float32 at 128 columns it is the sum of up to 64 parts at a time.
 DECODE_SPILLS = {
     ("sm_80", 2, 64): {"rows": 24},
     ("sm_80", 2, 128): {"rows": 48},
