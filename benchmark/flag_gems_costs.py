@@ -30,6 +30,7 @@ from flag_gems_evidence import (
     FACT,
     Evidence,
     NotHereError,
+    Problem,
     by_ours,
     case,
     dense,
@@ -55,40 +56,35 @@ def _first_and_again(calls: list[Callable], device: torch.device) -> str:
     return f"{first * 1e3:.1f} ms, again {again * 1e3:.2f} ms"
 
 
-def _recompiles(calls: list[Callable], ours: list[Callable], entry: Any, device: torch.device) -> Evidence:
-    mine = _first_and_again(ours, device)
+def _recompiles(problems: list[Problem], run: Callable, gems: ModuleType, entry: Any, device: torch.device) -> Evidence:
+    """Whether each of them compiles the kernel for itself."""
+    mine = _first_and_again([functools.partial(by_ours, problem) for problem in problems], device)
     before = sum(map(len, entry.kernel_cache))
-    theirs = _first_and_again(calls, device)
+    theirs = _first_and_again([functools.partial(run, gems, problem) for problem in problems], device)
     compiled = sum(map(len, entry.kernel_cache)) - before
-    note = f"{compiled} kernels for {len(calls)} values; a new value costs {theirs}; ours {mine}"
-    return Evidence(holds=compiled >= len(calls), note=note)
+    note = f"{compiled} kernels for {len(problems)} values; a new value costs {theirs}; ours {mine}"
+    return Evidence(holds=compiled >= len(problems), note=note)
+
+
+def _varlen_recompiles(gems: ModuleType, device: torch.device, variants: list[Variant]) -> Evidence:
+    problem = packed(device, LENGTHS)
+    entry = kernel(gems, "flash_kernel", "flash_varlen_fwd_kernel")
+    return _recompiles([problem._replace(variant=variant) for variant in variants], varlen, gems, entry, device)
 
 
 @case(FACT, "every softmax scale compiles anew", "one kernel")
 def cost_scale(gems: ModuleType, device: torch.device) -> Evidence:
-    problem = packed(device, LENGTHS)
-    entry = kernel(gems, "flash_kernel", "flash_varlen_fwd_kernel")
-    problems = [problem._replace(variant=Variant(softmax_scale=scale)) for scale in (0.11, 0.12, 0.13, 0.14)]
-    calls, ours = ([functools.partial(run, *a, p) for p in problems] for run, a in ((varlen, [gems]), (by_ours, [])))
-    return _recompiles(calls, ours, entry, device)
+    return _varlen_recompiles(gems, device, [Variant(softmax_scale=scale) for scale in (0.11, 0.12, 0.13, 0.14)])
 
 
 @case(FACT, "every window compiles anew", "one kernel")
 def cost_window(gems: ModuleType, device: torch.device) -> Evidence:
-    problem = packed(device, LENGTHS)
-    entry = kernel(gems, "flash_kernel", "flash_varlen_fwd_kernel")
-    problems = [problem._replace(variant=Variant(window_left=n, window_right=5)) for n in (11, 12, 13, 14)]
-    calls, ours = ([functools.partial(run, *a, p) for p in problems] for run, a in ((varlen, [gems]), (by_ours, [])))
-    return _recompiles(calls, ours, entry, device)
+    return _varlen_recompiles(gems, device, [Variant(window_left=n, window_right=5) for n in (11, 12, 13, 14)])
 
 
 @case(FACT, "every softcap compiles anew", "one kernel")
 def cost_softcap(gems: ModuleType, device: torch.device) -> Evidence:
-    problem = packed(device, LENGTHS)
-    entry = kernel(gems, "flash_kernel", "flash_varlen_fwd_kernel")
-    problems = [problem._replace(variant=Variant(softcap=softcap)) for softcap in (2.1, 2.2, 2.3, 2.4)]
-    calls, ours = ([functools.partial(run, *a, p) for p in problems] for run, a in ((varlen, [gems]), (by_ours, [])))
-    return _recompiles(calls, ours, entry, device)
+    return _varlen_recompiles(gems, device, [Variant(softcap=softcap) for softcap in (2.1, 2.2, 2.3, 2.4)])
 
 
 @case(FACT, "flash_attention_forward compiles anew for every batch size", "one kernel")
@@ -98,10 +94,7 @@ def cost_batch(gems: ModuleType, device: torch.device) -> Evidence:
     entry = kernel(gems, "flash_kernel", "flash_fwd_kernel")
     for cache in entry.kernel_cache:
         cache.clear()
-    calls, ours = (
-        [functools.partial(run, *a, p) for p in problems] for run, a in ((flash_again, [gems]), (by_ours, []))
-    )
-    return _recompiles(calls, ours, entry, device)
+    return _recompiles(problems, flash_again, gems, entry, device)
 
 
 @case(FACT, "a launch through libentry costs the host more than one by plain Triton", "about as much", alone=True)

@@ -229,6 +229,16 @@ def called(evidence: Evidence, call: Callable[[], Results]) -> Evidence:
     return evidence
 
 
+def of_each(dims: tuple[int, ...], look: Callable[[int], Evidence]) -> Evidence:
+    """Of the last head dimension, or of the first one that is not right."""
+    for dim in dims:
+        evidence = look(dim)
+        evidence.note = f"head dimension {dim}"
+        if verdict(RIGHT, evidence) != "as reported":
+            break
+    return evidence
+
+
 def only_nan(problem: Problem) -> Results:
     return {"out": torch.full(problem.q.shape, torch.nan)}
 

@@ -35,6 +35,7 @@ from flag_gems_evidence import (
     dense,
     draw,
     instead,
+    of_each,
     verdict,
 )
 from torch import Tensor
@@ -112,14 +113,12 @@ def sdpa_gqa(gems: ModuleType, device: torch.device) -> Evidence:
 
 @case(RIGHT, "head dimensions 16, 32, 64, 128 and 256", "each of them")
 def sdpa_head_dims(gems: ModuleType, device: torch.device) -> Evidence:
-    for dim in (16, 32, 64, 128, 256):
+    def look(dim: int) -> Evidence:
         problem = dense(device, 64, heads=2, dim=dim, batch=1)
         tile = {**SDPA_TILE, "BLOCK_N": min(dim, SDPA_TILE["BLOCK_N"])}  # not wider than a head
-        evidence = compared(problem, functools.partial(sdpa, gems, problem, tile=tile), ("out", "lse"))
-        evidence.note = f"head dimension {dim}"
-        if verdict(RIGHT, evidence) != "as reported":
-            break
-    return evidence
+        return compared(problem, lambda: sdpa(gems, problem, tile=tile), ("out", "lse"))
+
+    return of_each((16, 32, 64, 128, 256), look)
 
 
 @case(RAISES, "other head dimensions raise AssertionError", "1 to 256", raises="AssertionError")

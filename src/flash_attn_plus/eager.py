@@ -293,8 +293,7 @@ def again(step: Step) -> tuple[Tensor, Tensor] | None:
     rotary, append_kv, decode, variant, num_splits = latest.run
     q, k_cache, v_cache, k, v, cos, sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *_ = step
     # Inference tensors look like others where the thread excludes autograd.
-    inference = append_kv is not None and (k_cache.is_inference() or v_cache.is_inference())
-    if inference and not torch.is_inference_mode_enabled():
+    if append_kv is not None and not _may_write_into(k_cache, v_cache):
         return None
     if rotary is not None:
         x, *rotation = _rotation(step, cache_seqlens, variant)
@@ -303,21 +302,14 @@ def again(step: Step) -> tuple[Tensor, Tensor] | None:
     if append_kv is not None:
         seqlen_new = k.shape[1]
         new = New(cache_seqlens, cache_batch_idx, block_table, cos, sin, step.rotary_interleaved)
-        if inference:
-            _rise((k_cache, v_cache))
-        else:
-            _increment((k_cache, v_cache))
+        _rise((k_cache, v_cache))
         append_kv(k_cache, v_cache, k, v, new)
     cache = Cache(cache_seqlens, seqlen_new, cache_batch_idx, cache_leftpad, block_table)
     return decode(q, k_cache, v_cache, cache, variant, num_splits)
 
 
-_increment = torch.autograd.graph.increment_version
-
-
-def _rise(caches: Sequence[Tensor]) -> None:
-    """The dispatcher's part in writing into them: inference tensors have no version."""
-    _increment([x for x in caches if not x.is_inference()])
+# The dispatcher's part in writing into tensors. It passes over inference tensors, which have no version.
+_rise = torch.autograd.graph.increment_version
 
 
 def step(of_call: Step, append: tuple | None, decode: tuple) -> tuple[Tensor, Tensor]:
@@ -337,7 +329,7 @@ def step(of_call: Step, append: tuple | None, decode: tuple) -> tuple[Tensor, Te
     attend = _decode.recalled(decode) if quick else None
     write = None
     if append is not None:
-        write = _append.recalled(append) if quick and _may_write_into(append[:2]) else None
+        write = _append.recalled(append) if quick and _may_write_into(*append[:2]) else None
         if not checked and (attend is None or write is None):
             check_step(append, decode)
         if _looks_at_lengths(decode[0]):
@@ -398,6 +390,6 @@ def _keep(step: Step, write: Callable | None, attend: Callable, decode: tuple) -
         _steps.add(latest)
 
 
-def _may_write_into(caches: Sequence[Tensor]) -> bool:
+def _may_write_into(k_cache: Tensor, v_cache: Tensor) -> bool:
     """Whether caches may be written into without asking the dispatcher, which refuses it for some."""
-    return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in caches)
+    return not (k_cache.is_inference() or v_cache.is_inference()) or torch.is_inference_mode_enabled()

@@ -136,8 +136,8 @@ class Latest(Found):
     """
 
     __slots__ = (
-        *("again", "alignments", "guards", "numbers", "numbers_of", "options", "parts", "places", "records"),
-        *("skeleton", "tensors_of"),
+        *("again", "alignments", "guards", "numbers", "numbers_of", "options", "parts", "records", "skeleton"),
+        "tensors_of",
     )
 
     def __init__(self, structured: tuple, run: Callable) -> None:
@@ -156,20 +156,18 @@ class Latest(Found):
                 self.parts.append((i, x._replace(**dict.fromkeys(names, Tensor)) if names else x, bool(names)))
                 self.skeleton.append((x._replace(**dict.fromkeys(names)) if names else x, names))
             else:
-                numbers.append(i)
+                numbers.append((i, None))
         self.skeleton = tuple(self.skeleton)
         self.numbers_of = _picking(numbers)
         self.numbers = self.numbers_of(structured)
         at += self.options
         # The first place of each tensor, and those where it comes again, as cu_seqlens often do.
         firsts: dict[int, tuple] = {}
-        tensors = [_at(structured, place) for place in at]
+        tensors = _picking(at)(structured)
         places = [(place, firsts.setdefault(id(x), place)) for place, x in zip(at, tensors, strict=True)]
         self.again = [(place, first) for place, first in places if place != first]
-        self.places = list(firsts.values())
-        # Of structured arguments without tensors in parts; None where there are some.
-        self.tensors_of = _picking([i for i, _ in self.places]) if all(j is None for _, j in self.places) else None
-        tensors = [_at(structured, place) for place in self.places]
+        self.tensors_of = _picking(list(firsts.values()))
+        tensors = self.tensors_of(structured)
         sizes, strides = ([list(f(x)) for x in tensors] for f in (Tensor.size, Tensor.stride))
         self.guards = _GUARDS(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self.alignments = [x.data_ptr() % 16 for x in tensors]
@@ -189,21 +187,18 @@ class Latest(Found):
         for place, first in self.again:
             if _at(structured, place) is not _at(structured, first):
                 return False
-        if self.tensors_of is not None:
-            tensors = self.tensors_of(structured)
-        else:
-            tensors = [structured[i] if j is None else structured[i][j] for i, j in self.places]
+        tensors = self.tensors_of(structured)
         if not self.guards.check(*tensors):
             return False
         addresses = [x.data_ptr() for x in tensors]
         return 0 not in addresses and [address % 16 for address in addresses] == self.alignments
 
 
-def _picking(places: list[int]) -> Callable[[tuple], tuple]:
-    """What takes these out of a tuple."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return lambda structured: tuple([structured[i] for i in places])
+def _picking(places: list[tuple[int, int | None]]) -> Callable[[tuple], tuple]:
+    """What takes these out of structured arguments: in C, where none is in a part."""
+    if len(places) > 1 and all(j is None for _, j in places):
+        return itemgetter(*[i for i, _ in places])
+    return lambda structured: tuple([structured[i] if j is None else structured[i][j] for i, j in places])
 
 
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded

@@ -60,8 +60,8 @@ def key_gradient_kernel(
     key = sequence.key_start + first_key
 
     # (BLOCK_N, BLOCK_D), (BLOCK_N, BLOCK_DV)
-    k_ptr = tiles.row_start(tiles.head_start(k_ptr, sequence.batch, head_k, strides_k), key, strides_k)
-    v_ptr = tiles.row_start(tiles.head_start(v_ptr, sequence.batch, head_k, strides_v), key, strides_v)
+    k_ptr = tiles.start_of(k_ptr, sequence.batch, head_k, key, strides_k)
+    v_ptr = tiles.start_of(v_ptr, sequence.batch, head_k, key, strides_v)
     k_ptrs = k_ptr + tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
     v_ptrs = v_ptr + tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
     k = tiles.load(k_ptrs, keys, sequence.seqlen_k, HEAD_DIM, BLOCK_D, True)
@@ -73,9 +73,8 @@ def key_gradient_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     first = tl.cast(sequence.batch, tl.int64) * layout.heads
-    q_ptr = tiles.row_start(tiles.head_start(q_ptr, sequence.batch, 0, strides_q), sequence.query_start, strides_q)
-    dout_ptr = tiles.head_start(dout_ptr, sequence.batch, 0, strides_dout)
-    dout_ptr = tiles.row_start(dout_ptr, sequence.query_start, strides_dout)
+    q_ptr = tiles.start_of(q_ptr, sequence.batch, 0, sequence.query_start, strides_q)
+    dout_ptr = tiles.start_of(dout_ptr, sequence.batch, 0, sequence.query_start, strides_dout)
     any_head = scores.head_of(sequence, head_k * group, layout.heads, variant, bias)
     bounds = scores.query_blocks(first_key, sequence, any_head, variant, BLOCK_M, BLOCK_N)
     # Blocks at the right edge of the window, whole blocks, and those at its left edge or the end of the sequence.
@@ -87,9 +86,8 @@ def key_gradient_kernel(
             for _step in tl.range(0, tl.maximum(blocks, 0) * group):
                 head = scores.head_of(sequence, head_q, layout.heads, variant, bias)
                 rows = start + tl.arange(0, BLOCK_M)
-                q_ptrs = tiles.row_start(tiles.head_start(q_ptr, 0, head_q, strides_q), start, strides_q) + q_offsets
-                dout_ptrs = tiles.head_start(dout_ptr, 0, head_q, strides_dout)
-                dout_ptrs = tiles.row_start(dout_ptrs, start, strides_dout) + dout_offsets
+                q_ptrs = tiles.start_of(q_ptr, 0, head_q, start, strides_q) + q_offsets
+                dout_ptrs = tiles.start_of(dout_ptr, 0, head_q, start, strides_dout) + dout_offsets
                 q = tiles.load(q_ptrs, rows, sequence.seqlen_q, HEAD_DIM, BLOCK_D, part != 1)
                 dout = tiles.load(dout_ptrs, rows, sequence.seqlen_q, HEAD_DIM_V, BLOCK_DV, part != 1)
                 dout = dout.to(q.dtype)
@@ -125,11 +123,11 @@ def key_gradient_kernel(
                 start = tl.where(ends, bounds[part], start)
 
     if dk_ptr is not None:
-        dk_ptr = tiles.row_start(tiles.head_start(dk_ptr, sequence.batch, head_k, strides_dk), key, strides_dk)
+        dk_ptr = tiles.start_of(dk_ptr, sequence.batch, head_k, key, strides_dk)
         dk_ptrs = dk_ptr + tiles.tile_offsets(strides_dk, BLOCK_N, BLOCK_D, WIDE)
         dk = (dk * scores.scale_of(variant)).to(dk_ptr.dtype.element_ty)
         tiles.store(dk_ptrs, dk, keys, end, HEAD_DIM, BLOCK_D)
     if dv_ptr is not None:
-        dv_ptr = tiles.row_start(tiles.head_start(dv_ptr, sequence.batch, head_k, strides_dv), key, strides_dv)
+        dv_ptr = tiles.start_of(dv_ptr, sequence.batch, head_k, key, strides_dv)
         dv_ptrs = dv_ptr + tiles.tile_offsets(strides_dv, BLOCK_N, BLOCK_DV, WIDE)
         tiles.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), keys, end, HEAD_DIM_V, BLOCK_DV)

@@ -63,10 +63,10 @@ def query_gradient_kernel(
     first = (tl.cast(sequence.batch, tl.int64) * layout.heads + head_q) * layout.rows_q + row
 
     # (BLOCK_M, BLOCK_DV)
-    dout_ptr = tiles.row_start(tiles.head_start(dout_ptr, sequence.batch, head_q, strides_dout), row, strides_dout)
+    dout_ptr = tiles.start_of(dout_ptr, sequence.batch, head_q, row, strides_dout)
     dout_ptrs = dout_ptr + tiles.tile_offsets(strides_dout, BLOCK_M, BLOCK_DV, WIDE)
     dout = tiles.load(dout_ptrs, rows, sequence.seqlen_q, HEAD_DIM_V, BLOCK_DV, True)
-    out_ptr = tiles.row_start(tiles.head_start(out_ptr, sequence.batch, head_q, strides_out), row, strides_out)
+    out_ptr = tiles.start_of(out_ptr, sequence.batch, head_q, row, strides_out)
     out_ptrs = out_ptr + tiles.tile_offsets(strides_out, BLOCK_M, BLOCK_DV, WIDE)
     out = tiles.load(out_ptrs, rows, sequence.seqlen_q, HEAD_DIM_V, BLOCK_DV, True)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
@@ -80,16 +80,14 @@ def query_gradient_kernel(
     if dq_ptr is not None:
         head = scores.head_of(sequence, head_q, layout.heads, variant, bias)
         # (BLOCK_M, BLOCK_D)
-        q_ptr = tiles.row_start(tiles.head_start(q_ptr, sequence.batch, head_q, strides_q), row, strides_q)
+        q_ptr = tiles.start_of(q_ptr, sequence.batch, head_q, row, strides_q)
         q_ptrs = q_ptr + tiles.tile_offsets(strides_q, BLOCK_M, BLOCK_D, WIDE)
         q = tiles.load(q_ptrs, rows, sequence.seqlen_q, HEAD_DIM, BLOCK_D, True)
         dout = dout.to(q.dtype)
 
         head_k = head_q // group
-        k_ptr = tiles.head_start(k_ptr, sequence.batch, head_k, strides_k)
-        v_ptr = tiles.head_start(v_ptr, sequence.batch, head_k, strides_v)
-        k_ptr = tiles.row_start(k_ptr, sequence.key_start, strides_k)
-        v_ptr = tiles.row_start(v_ptr, sequence.key_start, strides_v)
+        k_ptr = tiles.start_of(k_ptr, sequence.batch, head_k, sequence.key_start, strides_k)
+        v_ptr = tiles.start_of(v_ptr, sequence.batch, head_k, sequence.key_start, strides_v)
         k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
         v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
 
@@ -123,7 +121,7 @@ def query_gradient_kernel(
                     dproducts = scores.gradient(found, dweights, delta, variant)[1]
                     dq = tiles.matmul_add(dq, dproducts.to(k.dtype), k, PRECISION)
         dq = tl.where(is_query[:, None], dq * scores.scale_of(variant), 0.0)
-        dq_ptr = tiles.row_start(tiles.head_start(dq_ptr, sequence.batch, head_q, strides_dq), row, strides_dq)
+        dq_ptr = tiles.start_of(dq_ptr, sequence.batch, head_q, row, strides_dq)
         dq_ptrs = dq_ptr + tiles.tile_offsets(strides_dq, BLOCK_M, BLOCK_D, WIDE)
         dq = dq.to(dq_ptr.dtype.element_ty)
         tiles.store(dq_ptrs, dq, rows, sequence.query_rows, HEAD_DIM, BLOCK_D)

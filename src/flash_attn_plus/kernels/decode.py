@@ -167,10 +167,8 @@ def _ask_for_keys(
     about to change these, and the keys: what it writes passes through the same cache.
     """
     sequence = tiles.sequence_of(part.index, layout, True)
-    k_ptr = tiles.head_start(k_ptr, sequence.key_batch, head_k, strides_k)
-    v_ptr = tiles.head_start(v_ptr, sequence.key_batch, head_k, strides_v)
-    k_ptr = tiles.row_start(k_ptr, sequence.key_start, strides_k)
-    v_ptr = tiles.row_start(v_ptr, sequence.key_start, strides_v)
+    k_ptr = tiles.start_of(k_ptr, sequence.key_batch, head_k, sequence.key_start, strides_k)
+    v_ptr = tiles.start_of(v_ptr, sequence.key_batch, head_k, sequence.key_start, strides_v)
     k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, 1, WIDE)
     v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, 1, WIDE)
     if layout.block_table_ptr is None:
@@ -216,10 +214,8 @@ def _attend(
     sequence = tiles.sequence_of(part.index, layout)
     # (BLOCK_M, 1): the slopes of each row
     head = scores.head_of(sequence, of.heads_q[:, None], layout.heads, variant, None)
-    k_ptr = tiles.head_start(k_ptr, sequence.key_batch, head_k, strides_k)
-    v_ptr = tiles.head_start(v_ptr, sequence.key_batch, head_k, strides_v)
-    k_ptr = tiles.row_start(k_ptr, sequence.key_start, strides_k)
-    v_ptr = tiles.row_start(v_ptr, sequence.key_start, strides_v)
+    k_ptr = tiles.start_of(k_ptr, sequence.key_batch, head_k, sequence.key_start, strides_k)
+    v_ptr = tiles.start_of(v_ptr, sequence.key_batch, head_k, sequence.key_start, strides_v)
     k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
     v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
 
@@ -234,7 +230,7 @@ def _attend(
         pages_k = tiles.table_entries(part.begin, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
         second = tiles.table_entries(part.begin + part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
         third = tiles.table_entries(part.begin + 2 * part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
-        pages_k, second = tiles.pages_of(pages_k, layout), tiles.at_least(second, 0)
+        pages_k, second = tiles.pages_of(pages_k, layout), tiles.clamp_each(second, 0, None)
     for start in tl.range(part.begin, part.end, part.step):
         columns = start + tl.arange(0, BLOCK_N)
         if layout.block_table_ptr is None:
@@ -244,7 +240,8 @@ def _attend(
             k_ptrs = tiles.paged_tile(k_ptr, pages_k, start, strides_k, k_offsets, PAGE_SIZE, BLOCK_N)
             v_ptrs = tiles.paged_tile(v_ptr, pages_k, start, strides_v, v_offsets, PAGE_SIZE, BLOCK_N)
             # Clamped on the way, one side in each turn: Triton starts no load early whose address was only passed on.
-            pages_k, second = tiles.at_most(second, layout.num_pages - 1), tiles.at_least(third, 0)
+            pages_k = tiles.clamp_each(second, None, layout.num_pages - 1)
+            second = tiles.clamp_each(third, 0, None)
             third = tiles.table_entries(start + 3 * part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
         # (BLOCK_N, BLOCK_D)
         k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, True)

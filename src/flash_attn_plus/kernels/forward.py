@@ -66,16 +66,13 @@ def forward_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
 
     # (BLOCK_M, BLOCK_D)
-    q_ptr = tiles.head_start(q_ptr, sequence.batch, head_q, strides_q)
-    q_ptr = tiles.row_start(q_ptr, sequence.query_start + first_row, strides_q)
+    q_ptr = tiles.start_of(q_ptr, sequence.batch, head_q, sequence.query_start + first_row, strides_q)
     q_ptrs = q_ptr + tiles.tile_offsets(strides_q, BLOCK_M, BLOCK_D, WIDE)
     q = tiles.load(q_ptrs, rows, sequence.seqlen_q, HEAD_DIM, BLOCK_D, True)
 
     head_k = head_q // group
-    k_ptr = tiles.head_start(k_ptr, sequence.key_batch, head_k, strides_k)
-    v_ptr = tiles.head_start(v_ptr, sequence.key_batch, head_k, strides_v)
-    k_ptr = tiles.row_start(k_ptr, sequence.key_start, strides_k)
-    v_ptr = tiles.row_start(v_ptr, sequence.key_start, strides_v)
+    k_ptr = tiles.start_of(k_ptr, sequence.key_batch, head_k, sequence.key_start, strides_k)
+    v_ptr = tiles.start_of(v_ptr, sequence.key_batch, head_k, sequence.key_start, strides_v)
 
     maximum, total = softmax.start(
         scores.sink_of(sequence, head_q, variant), variant.unit, variant.sink_ptr is not None, BLOCK_M

@@ -82,9 +82,9 @@ def rotary_kernel(
     tile_heads = first_head + tl.arange(0, BLOCK_H)
     owned = ((tile_rows < count)[:, None] & (tile_heads < heads)[None, :])[:, :, None]
     first_row += start
-    x_ptrs = _tile_start(x_ptr, on_axis, first_row, first_head, strides_x)
+    x_ptrs = tiles.start_of(x_ptr, on_axis, first_head, first_row, strides_x)
     x_ptrs += _tile_offsets(strides_x, BLOCK_M, BLOCK_H, WIDE)
-    out_ptrs = _tile_start(out_ptr, on_axis, first_row, first_head, strides_out)
+    out_ptrs = tiles.start_of(out_ptr, on_axis, first_head, first_row, strides_out)
     out_ptrs += _tile_offsets(strides_out, BLOCK_M, BLOCK_H, WIDE)
 
     rotate(
@@ -181,11 +181,6 @@ def pass_on(
 @triton.jit
 def _table_offsets(position, pairs, strides):
     return position[:, None] * strides[0] + pairs[None, :] * strides[1]
-
-
-@triton.jit
-def _tile_start(ptr, batch, row, head, strides):
-    return tiles.row_start(tiles.head_start(ptr, batch, head, strides), row, strides)
 
 
 @triton.jit

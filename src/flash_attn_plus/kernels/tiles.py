@@ -262,6 +262,12 @@ def row_start(ptr, row, strides):
 
 
 @triton.jit
+def start_of(ptr, batch, head, row, strides):
+    """Pointer to a row of a head."""
+    return row_start(head_start(ptr, batch, head, strides), row, strides)
+
+
+@triton.jit
 def tile_offsets(strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
     """(ROWS, BLOCK_D) offsets of a tile from its first row."""
     rows = tl.arange(0, ROWS)
@@ -310,26 +316,23 @@ def _entry(table_ptr, number, last, end, CHANGING: tl.constexpr):
 
 
 @triton.jit
-def at_least(entries, least):
-    """Each of a tuple."""
-    result = (tl.maximum(entries[0], least),)
-    for i in tl.static_range(1, len(entries)):
-        result += (tl.maximum(entries[i], least),)
-    return result
-
-
-@triton.jit
-def at_most(entries, most):
-    result = (tl.minimum(entries[0], most),)
-    for i in tl.static_range(1, len(entries)):
-        result += (tl.minimum(entries[i], most),)
-    return result
+def clamp_each(entries, least, most):
+    """Of a tuple. None: no bound on that side."""
+    clamped = ()
+    for i in tl.static_range(len(entries)):
+        entry = entries[i]
+        if least is not None:
+            entry = tl.maximum(entry, least)
+        if most is not None:
+            entry = tl.minimum(entry, most)
+        clamped += (entry,)
+    return clamped
 
 
 @triton.jit
 def pages_of(entries, layout):
     """Pages: for a number outside of the pool, one inside."""
-    return at_most(at_least(entries, 0), layout.num_pages - 1)
+    return clamp_each(entries, 0, layout.num_pages - 1)
 
 
 @triton.jit
