@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -498,6 +499,98 @@ class TestMemory:
         problem = Case("parts", (100_000, 3), capacity=131_072, heads=8, heads_k=2, dim=128).decoding(device, BF16)
         peak, _ = self.allocated(lambda: run_decode(problem))
         assert peak < 0.1 * problem.k_cache.nbytes
+
+
+STEPS = {
+    "contiguous": {},
+    "pages": {"page_size": 16, "window": (50, 0)},
+    "leftpad": {"leftpad": (3, 0, 1), "batch_idx": (2, 0, 3), "caches": 4},
+    "no_new": {"seqlen_new": 0},
+    "many_queries": {"seqlen_q": 100, "seqlen_new": 1},  # not only launches
+    "rotary": {"rotary_dim": 32},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_later_steps_are_the_operators(name, device, monkeypatch):
+    """Of other tensors each: what is launched again gets theirs. In a graph, while someone watches, in another thread,
+    beside another stream."""
+    from triton import knobs
+
+    from flash_attn_plus.kernels.relaunch import Relaunch
+
+    relaunched, relaunch = [], Relaunch.__call__
+    monkeypatch.setattr(Relaunch, "__call__", lambda self, *args: relaunched.append(self) or relaunch(self, *args))
+    case = Case(name, (190, 0, 77), capacity=256, dim=64, causal=True, **{"seqlen_new": 1, **STEPS[name]})
+
+    def tensors(i):
+        problem = case.decoding(device, BF16)
+        appending = case.appending(device, BF16) if case.seqlen_new else None
+        seqlens = (problem.cache.cache_seqlens + i).clamp(max=190)
+        q = torch.randn_like(problem.q)
+        new = [torch.randn_like(x) for x in appending[2:4]] if appending else [None, None]
+        tables = appending.new[3:5] if appending else (None, None)
+        problem = problem._replace(k_cache=torch.randn_like(problem.k_cache), v_cache=torch.randn_like(problem.v_cache))
+        return problem, q, (problem.k_cache.clone(), problem.v_cache.clone()), new, seqlens, tables
+
+    def step(problem, q, caches, new, seqlens, tables):
+        cache, variant = problem.cache, problem.variant
+        return fap.flash_attn_with_kvcache(
+            *(q, *caches, *new, *tables, seqlens, cache.cache_batch_idx, cache.cache_leftpad, cache.block_table),
+            causal=variant.causal,
+            window_size=(variant.window_left, variant.window_right),
+            return_softmax_lse=True,
+        )
+
+    def check(of_step, got):
+        problem, q, caches, new, seqlens, tables = of_step
+        expected = problem.k_cache.clone(), problem.v_cache.clone()
+        cache = problem.cache
+        if case.seqlen_new:
+            OPS.append_kv(*expected, *new, seqlens, cache.cache_batch_idx, cache.block_table, *tables)
+            if case.rotary_dim:
+                q = OPS.rotary(q, *tables, 0, seqlens)
+        result = run_decode(
+            problem._replace(q=q, k_cache=expected[0], v_cache=expected[1], cache=cache._replace(cache_seqlens=seqlens))
+        )
+        assert same_bits(got, result) and same_bits(caches, expected) and got[0].isfinite().all()
+
+    with torch.no_grad():
+        for i in range(5):
+            of_step = tensors(i)
+            versions = [x._version for x in of_step[2]]
+            check(of_step, step(*of_step))
+            if case.seqlen_new:
+                assert all(x._version > before for x, before in zip(of_step[2], versions, strict=True))
+        used = name not in ("many_queries", "rotary")
+        assert len(relaunched) >= (3 if used else 0)  # the first two are found by other ways
+        assert used or not relaunched
+        of_step, side = tensors(7), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            got = step(*of_step)
+        torch.cuda.synchronize()
+        check(of_step, got)
+        for watch in ("hook", "graph", "thread"):
+            before, of_step = len(relaunched), tensors(8)
+            torch.cuda.synchronize()
+            if watch == "hook":
+                seen, hooks = [], knobs.runtime.launch_enter_hook
+                hooks.add(seen.append)
+                got = step(*of_step)
+                hooks.remove(seen.append)
+                assert seen
+            elif watch == "graph":
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    got = step(*of_step)
+                graph.replay()
+            else:
+                with ThreadPoolExecutor(1) as pool:
+                    got = pool.submit(torch.no_grad()(step), *of_step).result()
+            torch.cuda.synchronize()
+            check(of_step, got)
+            assert len(relaunched) == before
 
 
 @pytest.mark.xdist_group("memory")

@@ -64,10 +64,11 @@ FLOORS = {
     "integrations.flag_gems": Floor("checks schemas", outside="torch triton flag_gems"),
     "integrations.__init__": Floor(outside=""),
     "kernels.decode": Floor(
-        "kernels.arguments kernels.combine kernels.early kernels.forward kernels.launch kernels.scores kernels.softmax"
-        " kernels.splits kernels.tiles device plan strides schemas",
+        "kernels.arguments kernels.combine kernels.early kernels.forward kernels.launch kernels.relaunch kernels.scores"
+        " kernels.softmax kernels.splits kernels.tiles device plan strides schemas",
         outside="torch triton",
     ),
+    "kernels.relaunch": Floor("kernels.arguments kernels.launch device"),
     "kernels.combine": Floor(
         "kernels.arguments kernels.early kernels.launch kernels.scores kernels.softmax kernels.splits kernels.tiles"
         " plan strides",

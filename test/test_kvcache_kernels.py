@@ -41,12 +41,14 @@ from test_kvcache import (
 )
 from torch import Tensor
 
-from flash_attn_plus import gpu, plan, reference
+from flash_attn_plus import gpu, library, plan, reference
 from flash_attn_plus.plan import DecodePlan, DecodeRow, Plan
 from flash_attn_plus.schemas import Cache, Rotation
 
 pytest.importorskip("triton", reason="the kernels do not run: Triton is not installed")
-combine, decode = (importlib.import_module(f"flash_attn_plus.kernels.{name}") for name in ("combine", "decode"))
+arguments, combine, decode = (
+    importlib.import_module(f"flash_attn_plus.kernels.{name}") for name in ("arguments", "combine", "decode")
+)
 
 OPS = torch.ops.flash_attn_plus
 # What the interpreter runs with: blocks and parts smaller than the problems, fewer and more programs than parts.
@@ -198,6 +200,31 @@ class TestDecode:
         case = Case("tiles", (89, 0, 1, 64), capacity=96, page_size=page_size, num_splits=num_splits)
         case = replace(case, heads=2, heads_k=1, sink="bh", window=(70, -1))
         check_decoding(case.decoding(device, torch.float16), case.name, interpreted)
+
+    @pytest.mark.parametrize("page_size, seqlen_q", [(4, 1), (5, 1), (16, 1), (5, 70), (16, 70)])
+    def test_one_result_however_entries_are_read(
+        self, page_size: int, seqlen_q: int, device: str, tiles, monkeypatch
+    ) -> None:
+        """Entries of the table two by two and one by one, offsets of pages in 32 bits and in 64."""
+        tiles(TILES[2])
+        case = Case("entries", (0, 73), capacity=73, page_size=page_size, seqlen_q=seqlen_q, heads=2, heads_k=1, dim=16)
+        problem = case.decoding(device, torch.float16)
+        table = problem.cache.block_table
+        wide = torch.nn.functional.pad(table, (0, table.shape[1] % 2), value=UNUSED_PAGES[0])
+        shifted = torch.empty(wide.numel() + 1, dtype=torch.int32, device=device)[1:].view_as(wide).copy_(wide)
+        odd = torch.nn.functional.pad(wide, (0, 1), value=UNUSED_PAGES[0])
+        tables = [wide, shifted, odd, odd[:, :-1]]
+        assert [arguments.has_pairs(one) for one in tables] == [True, False, False, True]
+        results = []
+        for far, one in itertools.product([False, True], tables):
+            with monkeypatch.context() as patched:
+                if far:
+                    patched.setattr(arguments, "are_far", lambda *caches: True)
+                library.memory_of("decode").clear()
+                results.append(interpreted(problem._replace(cache=problem.cache._replace(block_table=one))))
+        library.memory_of("decode").clear()
+        check_decoding(problem, case.name, lambda problem: results[0])
+        assert all(same_bits(result, results[0]) for result in results)
 
     @pytest.mark.parametrize("alike", [False, True])
     def test_many_sequences(self, alike: bool, device: str, tiles, monkeypatch) -> None:

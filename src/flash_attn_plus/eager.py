@@ -12,7 +12,7 @@ Not seen: kernels that another library registers over this one's, and observers 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -22,6 +22,9 @@ from torch import Tensor
 from . import autocast, autograd, checks_cache, library
 from .memory import Latest, can_guard
 from .schemas import Cache, New, Rotation, Variant, Varlen
+
+if TYPE_CHECKING:
+    from .kernels.relaunch import Relaunch
 
 # Private names of PyTorch; test/test_eager.py fails when one goes.
 _DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
@@ -275,6 +278,7 @@ class _Ways(NamedTuple):
     decode: Callable
     variant: Variant
     num_splits: int
+    relaunch: Relaunch | None  # all of it, where nothing but launches is
 
 
 _steps, _rotary = library.memory_of("decode").recent_callers, library.overload("rotary")
@@ -287,14 +291,22 @@ def again(step: Step) -> tuple[Tensor, Tensor] | None:
     """
     if torch.compiler.is_compiling() or _is_observed():
         return None
-    latest = _steps.like(step)
-    if latest is None or (latest.records and torch.is_grad_enabled()):
+    found = _steps.find(step)
+    if found is None:
         return None
-    rotary, append_kv, decode, variant, num_splits = latest.run
+    latest, addresses = found
+    if latest.records and torch.is_grad_enabled():
+        return None
+    rotary, append_kv, decode, variant, num_splits, relaunch = latest.run
     q, k_cache, v_cache, k, v, cos, sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *_ = step
     # Inference tensors look like others where the thread excludes autograd.
     if append_kv is not None and not _may_write_into(k_cache, v_cache):
         return None
+    if relaunch is not None and relaunch.is_possible():
+        if append_kv is not None:
+            _rise((k_cache, v_cache))
+        out, lse, _ = relaunch(addresses)
+        return out, lse
     if rotary is not None:
         x, *rotation = _rotation(step, cache_seqlens, variant)
         q = rotary(x, Rotation(*rotation)).view(q.shape)
@@ -385,9 +397,27 @@ def _keep(step: Step, write: Callable | None, attend: Callable, decode: tuple) -
         rotary = library.recalled("rotary", library.bind("rotary", _rotation(step, cache.cache_seqlens, variant)))
         if rotary is None:
             return
-    latest = Latest(step, _Ways(rotary, write, attend, variant, num_splits))
+    latest = Latest(step, None)
+    relaunch = None if rotary is not None else _relaunch(latest, step, write, attend, cache)
+    latest.run = _Ways(rotary, write, attend, variant, num_splits, relaunch)
     if not (latest.records and torch.is_grad_enabled()):  # else ``again`` would not take it
         _steps.add(latest)
+
+
+def _relaunch(latest: Latest, step: Step, write: Callable | None, attend: Callable, cache: Cache) -> Relaunch | None:
+    """What ran, where it is nothing but launches of kernels, by the numbers of the step's tensors."""
+    if not all(getattr(run, "only_launches", False) for run in (write, attend) if run is not None):
+        return None
+    numbers = {id(x): i for i, x in enumerate(latest.tensors_of(step))}
+    at = Step(*[numbers[id(x)] if isinstance(x, Tensor) else x for x in step])
+    launches = []
+    if write is not None:
+        new = New(at.cache_seqlens, at.cache_batch_idx, at.block_table)
+        launches += write.launches(at.k_cache, at.v_cache, at.k, at.v, new)
+    cache = Cache(at.cache_seqlens, cache.seqlen_new, at.cache_batch_idx, at.cache_leftpad, at.block_table)
+    results = [None if x is None else len(numbers) + i for i, x in enumerate(attend.results)]
+    launches += attend.launches(at.q, at.k_cache, at.v_cache, cache, *results, attend.rest)
+    return attend.relaunch(launches)
 
 
 def _may_write_into(k_cache: Tensor, v_cache: Tensor) -> bool:

@@ -65,6 +65,14 @@ class Recent:
                 return latest
         return None
 
+    def find(self, args: tuple) -> tuple[Latest, list[int]] | None:
+        """``like``, and where the tensors of ``args`` lie."""
+        for latest in self.latest:
+            addresses = latest.addresses_of(args)
+            if addresses is not None:
+                return latest, addresses
+        return None
+
     def add(self, latest: Latest) -> None:
         self.latest = (latest, *self.latest[: _MOST_LATEST - 1])
 
@@ -177,21 +185,27 @@ class Latest(Found):
         self.records = seen and any(x.requires_grad for x in tensors)
 
     def is_like(self, structured: tuple) -> bool:
+        return self.addresses_of(structured) is not None
+
+    def addresses_of(self, structured: tuple) -> list[int] | None:
+        """Where the tensors of a call like this one lie (``tensors_of``); None where it is not like it."""
         numbers = self.numbers_of(structured)
         # Most often they are the same objects: None, False, small integers, what the caller's code has in it.
         if not all(map(is_, numbers, self.numbers)) and not all(map(_are_equal, numbers, self.numbers)):
-            return False
+            return None
         for i, part, has_tensors in self.parts:
             if structured[i] is not part and not _are_like(structured[i], part, has_tensors):
-                return False
+                return None
         for place, first in self.again:
             if _at(structured, place) is not _at(structured, first):
-                return False
+                return None
         tensors = self.tensors_of(structured)
         if not self.guards.check(*tensors):
-            return False
+            return None
         addresses = [x.data_ptr() for x in tensors]
-        return 0 not in addresses and [address % 16 for address in addresses] == self.alignments
+        if 0 in addresses or [address % 16 for address in addresses] != self.alignments:
+            return None
+        return addresses
 
 
 def _picking(places: list[tuple[int, int | None]]) -> Callable[[tuple], tuple]:

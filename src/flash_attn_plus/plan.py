@@ -344,7 +344,7 @@ DECODE: dict[str, dict[tuple[int, int], DecodeRow]] = {
     # program waits for an entry of its table that was asked for just before (decode.py).
     "sm_90": {
         (2, 64): _decode_row((128, 4, 3, 1, 128), (128, 4, 3, 3, 128)),
-        (2, 128): _decode_row((128, 4, 3, 1, 128), (128, 8, 3, 1, 128)),
+        (2, 128): _decode_row((128, 4, 3, 1, 128), (128, 4, 3, 1, 128)),
         (2, 256): _decode_row((64, 4, 3, 1, 128), (32, 4, 3, 2, 128)),
         (4, 64): _decode_row((32, 4, 3, 1, 128), (32, 4, 3, 3, 128)),
         (4, 128): _decode_row((16, 4, 3, 1, 128), (16, 4, 3, 3, 128)),

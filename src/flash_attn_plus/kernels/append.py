@@ -130,6 +130,7 @@ class Append(Prepared):
         strides = tuple(strides_of(x, (0, 1, 2, 3)) for x in (k_cache, v_cache, k, v))
         tables = ((None, None), (None, None)) if cos is None else tuple(strides_of(x, (0, 1)) for x in new[3:5])
         self.gathers = not arguments.all_contiguous(*new[:3])
+        self.only_launches = not self.gathers
         self.rest = (
             *(*strides, *tables, max_pages, rows, heads),
             *(k_cache.shape[1] * (max_pages or 1), k_cache.shape[0], 0 if cos is None else cos.shape[0]),
@@ -159,8 +160,13 @@ class Append(Prepared):
             return self.elsewhere(k_cache, v_cache, k, v, new)
         if self.empty:
             return None
-        seqlens, batch_idx, table, cos, sin, _ = new
         if self.gathers:
-            seqlens, batch_idx, table = map(arguments.contiguous, (seqlens, batch_idx, table))
-        self.launch((k_cache, v_cache, k, v, seqlens, batch_idx, table, cos, sin), self.rest)
+            new = New(*map(arguments.contiguous, new[:3]), *new[3:])
+        for launch, tensors, rest in self.launches(k_cache, v_cache, k, v, new):
+            launch(tensors, rest)
         return None
+
+    def launches(self, k_cache, v_cache, k, v, new: New) -> list[tuple[Launch, tuple, tuple]]:
+        """Each with its tensors, or what stands for them, and its other arguments."""
+        seqlens, batch_idx, table, cos, sin, _ = new
+        return [(self.launch, (k_cache, v_cache, k, v, seqlens, batch_idx, table, cos, sin), self.rest)]

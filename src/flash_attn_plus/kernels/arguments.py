@@ -201,3 +201,19 @@ def is_wide(variant: Variant, stride_out: int, *of_tensors: tuple[int, int, int]
     if variant.attn_bias is not None:
         inside += strides_of(variant.attn_bias, (2, 3))
     return max(inside) >= 2**31 // (2 * plan.MOST_ROWS)
+
+
+def are_far(*caches: Tensor) -> bool:
+    """Whether offsets of rows in pages may leave 32 bits, counted from the first page."""
+    for x in caches:
+        of_page, of_row, _ = strides(x)
+        if x.shape[0] * of_page + x.shape[1] * of_row >= 2**31:
+            return True
+    return False
+
+
+def has_pairs(table: Tensor) -> bool:
+    """Whether the rows of a block table are pairs of entries at multiples of 8 bytes; a copy is made where rows are
+    not contiguous.
+    """
+    return table.shape[1] % 2 == 0 and (table.data_ptr() % 8 == 0 or not table.is_contiguous())

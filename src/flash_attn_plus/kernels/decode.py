@@ -21,6 +21,7 @@ from ..strides import contiguous_rows, has_contiguous_rows
 from . import arguments, combine, early, scores, softmax, splits, tiles
 from .forward import Forward
 from .launch import Launch, Prepared
+from .relaunch import Relaunch
 
 
 class Rows(NamedTuple):
@@ -67,7 +68,9 @@ def decode_kernel(
     window_right,
     variant,  # the rest of a Variant
     GROUP: tl.constexpr,  # query heads that share a key head
-    PAGE_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,  # None: not in pages
+    FAR: tl.constexpr,  # see tiles.block_ptrs
+    PAIRS: tl.constexpr,  # see tiles.table_entries
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -100,7 +103,7 @@ def decode_kernel(
         early.let_next_start(EARLY)
         _ask_for_keys(
             splits.first_part(slot, parts, layout, variant, shares, SHORTEST, BLOCK_N, ENTRIES, True),
-            *(head_k, k_ptr, v_ptr, strides_k, strides_v, layout, PAGE_SIZE),
+            *(head_k, k_ptr, v_ptr, strides_k, strides_v, layout, PAGE_SIZE, FAR, PAIRS),
             *(HEAD_DIM, HEAD_DIM_V, BLOCK_N, WIDE),
         )
     # Rows are the queries' heads: GROUP of one query, then GROUP of the next.
@@ -120,8 +123,8 @@ def decode_kernel(
         q = tiles.load(q_ptrs, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
         part = splits.equal_part(slot, parts, layout, variant, BLOCK_N)
         values, maximum, total = _attend(
-            *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP, PAGE_SIZE),
-            *(HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, WIDE),
+            *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP),
+            *(PAGE_SIZE, FAR, PAIRS, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, WIDE),
         )
         if parts_ptr is None:
             _write(part, values, maximum, total, of, out_ptr, lse_ptr, layout, variant, HEAD_DIM_V, BLOCK_DV)
@@ -137,8 +140,8 @@ def decode_kernel(
             of_sequence = tl.cast(index, tl.int64) * strides_q[0]
             q = tiles.load(q_ptrs + of_sequence, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
             values, maximum, total = _attend(
-                *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP, PAGE_SIZE),
-                *(HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, WIDE),
+                *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP),
+                *(PAGE_SIZE, FAR, PAIRS, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, WIDE),
             )
             if part.count == 1:
                 _write(part, values, maximum, total, of, out_ptr, lse_ptr, layout, variant, HEAD_DIM_V, BLOCK_DV)
@@ -158,6 +161,8 @@ def _ask_for_keys(
     strides_v,
     layout,
     PAGE_SIZE: tl.constexpr,
+    FAR: tl.constexpr,
+    PAIRS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -171,14 +176,12 @@ def _ask_for_keys(
     v_ptr = tiles.start_of(v_ptr, sequence.key_batch, head_k, sequence.key_start, strides_v)
     k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, 1, WIDE)
     v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, 1, WIDE)
-    if layout.block_table_ptr is None:
-        k_ptrs = tiles.row_start(k_ptr, part.begin, strides_k) + k_offsets
-        v_ptrs = tiles.row_start(v_ptr, part.begin, strides_v) + v_offsets
-    else:
-        entries = tiles.table_entries(part.begin, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N, True)
+    pages = 0
+    if PAGE_SIZE is not None:
+        entries = tiles.table_entries(part.begin, layout.rows_k, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N, True)
         pages = tiles.pages_of(entries, layout)
-        k_ptrs = tiles.paged_tile(k_ptr, pages, part.begin, strides_k, k_offsets, PAGE_SIZE, BLOCK_N)
-        v_ptrs = tiles.paged_tile(v_ptr, pages, part.begin, strides_v, v_offsets, PAGE_SIZE, BLOCK_N)
+    k_ptrs = tiles.block_ptrs(k_ptr, pages, part.begin, strides_k, k_offsets, PAGE_SIZE, FAR, BLOCK_N)
+    v_ptrs = tiles.block_ptrs(v_ptr, pages, part.begin, strides_v, v_offsets, PAGE_SIZE, FAR, BLOCK_N)
     keys = part.begin + tl.arange(0, BLOCK_N)
     # Within the cache even if its padding changes between the two times that it was read.
     exist = ((keys < part.end) & (sequence.key_start + keys < layout.rows_k))[:, None]
@@ -201,6 +204,8 @@ def _attend(
     variant,
     GROUP: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    FAR: tl.constexpr,
+    PAIRS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -216,8 +221,6 @@ def _attend(
     head = scores.head_of(sequence, of.heads_q[:, None], layout.heads, variant, None)
     k_ptr = tiles.start_of(k_ptr, sequence.key_batch, head_k, sequence.key_start, strides_k)
     v_ptr = tiles.start_of(v_ptr, sequence.key_batch, head_k, sequence.key_start, strides_v)
-    k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
-    v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
 
     maximum, total = softmax.start(
         scores.sink_of(sequence, of.heads_q, variant), variant.unit, variant.sink_ptr is not None, BLOCK_M
@@ -226,25 +229,30 @@ def _attend(
         maximum = tl.where(part.number == 0, maximum, float("-inf"))
         total = tl.where(part.number == 0, total, 0.0)
     values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if layout.block_table_ptr is not None:  # three blocks ahead: the first keys wait for the table once, all together
-        pages_k = tiles.table_entries(part.begin, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
-        second = tiles.table_entries(part.begin + part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
-        third = tiles.table_entries(part.begin + 2 * part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
-        pages_k, second = tiles.pages_of(pages_k, layout), tiles.clamp_each(second, 0, None)
+    pages = 0
+    COUNT: tl.constexpr = 1 if PAGE_SIZE is None else tiles.pages_of_block(PAGE_SIZE, BLOCK_N)
+    MASKED: tl.constexpr = COUNT is not None and COUNT > 2  # to look for the last key in each page takes longer
+    if PAGE_SIZE is not None:  # three blocks ahead: the first keys wait for the table once, all together
+        # An entry for each key is for a key that there is; others are there before lengths are known.
+        end = part.end if COUNT is None else layout.rows_k
+        pages = tiles.table_entries(part.begin, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
+        second = tiles.table_entries(part.begin + part.step, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
+        third = tiles.table_entries(part.begin + 2 * part.step, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
+        pages, second = tiles.pages_of(pages, layout), tiles.clamp_each(second, 0, None)
     for start in tl.range(part.begin, part.end, part.step):
         columns = start + tl.arange(0, BLOCK_N)
-        if layout.block_table_ptr is None:
-            k_ptrs = tiles.row_start(k_ptr, start, strides_k) + k_offsets
-            v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
-        else:
-            k_ptrs = tiles.paged_tile(k_ptr, pages_k, start, strides_k, k_offsets, PAGE_SIZE, BLOCK_N)
-            v_ptrs = tiles.paged_tile(v_ptr, pages_k, start, strides_v, v_offsets, PAGE_SIZE, BLOCK_N)
+        last = None if MASKED else part.end - 1 - start
+        k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE, last)
+        v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE, last)
+        k_ptrs = tiles.block_ptrs(k_ptr, pages, start, strides_k, k_offsets, PAGE_SIZE, FAR, BLOCK_N, last)
+        v_ptrs = tiles.block_ptrs(v_ptr, pages, start, strides_v, v_offsets, PAGE_SIZE, FAR, BLOCK_N, last)
+        if PAGE_SIZE is not None:
             # Clamped on the way, one side in each turn: Triton starts no load early whose address was only passed on.
-            pages_k = tiles.clamp_each(second, None, layout.num_pages - 1)
+            pages = tiles.clamp_each(second, None, layout.num_pages - 1)
             second = tiles.clamp_each(third, 0, None)
-            third = tiles.table_entries(start + 3 * part.step, layout.rows_k, sequence, layout, PAGE_SIZE, BLOCK_N)
+            third = tiles.table_entries(start + 3 * part.step, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
         # (BLOCK_N, BLOCK_D)
-        k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, True)
+        k = tiles.load(k_ptrs, columns, part.end, HEAD_DIM, BLOCK_D, MASKED)
         # (BLOCK_M, BLOCK_N)
         if BLOCK_D > 128 and q.dtype == tl.float32 and PRECISION == "ieee":
             # Such a product is one chain of roundings, and so long a one errs several times as much as two.
@@ -257,7 +265,7 @@ def _attend(
         s = scores.scores(s, of.first, start, sequence, head, variant, None, True, BLOCK_M, BLOCK_N, WIDE, GROUP=GROUP)
         weights, factor, maximum, total = softmax.update(s, variant.unit, maximum, total, True)
         # (BLOCK_N, BLOCK_DV)
-        v = tiles.load(v_ptrs, columns, sequence.seqlen_k, HEAD_DIM_V, BLOCK_DV, True)
+        v = tiles.load(v_ptrs, columns, part.end, HEAD_DIM_V, BLOCK_DV, MASKED)
         values = tiles.matmul_add(values * factor[:, None], weights.to(v.dtype), v, PRECISION)
 
     return values, maximum, total
@@ -315,8 +323,9 @@ class Decode(Prepared):
         batch, rows_q, heads, head_dim = q.shape
         heads_k, head_dim_v = k_cache.shape[2], v_cache.shape[3]
         group = heads // heads_k
-        self.out = arguments.Result((batch, rows_q, heads, head_dim_v), q.dtype, q.device)
-        self.lse = arguments.Result((batch, heads, rows_q), torch.float32, q.device)
+        out = arguments.Result((batch, rows_q, heads, head_dim_v), q.dtype, q.device)
+        lse = arguments.Result((batch, heads, rows_q), torch.float32, q.device)
+        self.results = out, lse
         self.empty = 0 in (batch, rows_q)
         if self.empty:
             return
@@ -352,7 +361,7 @@ class Decode(Prepared):
             and plan.is_alone(chosen, (block_d + block_dv) * q.element_size())
             and arguments.all_aligned(k_cache, v_cache)
         )
-        self.parts = None
+        parts = None
         if cut.parts != 1:
             # Rows of a part, in an order in which combining, or the line's loop, computes least. A line's parts are
             # numbered through.
@@ -363,7 +372,7 @@ class Decode(Prepared):
             else:
                 shape = (batch, rows_q, heads, cut.parts, of_row)
                 strides_of_parts = (1, rows_q * heads * cut.parts, heads * cut.parts, cut.parts)
-            self.parts = arguments.Result(shape, torch.float32, q.device)
+            parts = arguments.Result(shape, torch.float32, q.device)
             self.rest_of_combine = (
                 *(strides_of_parts, None),
                 *(batch, rows_q, heads, cut.parts, (capacity, cache.seqlen_new, cut.shares), of_call[:3]),
@@ -382,16 +391,21 @@ class Decode(Prepared):
                 FIRST=ahead,
             )
 
+        self.results = out, lse, parts
+
         self.head = (*strides, pages if self.paged else (None, None, None), k_cache.shape[0], heads_k, batch, rows_q)
         self.head += (capacity, cache.seqlen_new, *cut)
         without_tensors = not any(isinstance(x, Tensor) for x in variant)
         self.rest = (*self.head, *of_call) if without_tensors else None
+        self.only_launches = not (self.copies or self.gathers)
         self.launch = Launch(
             decode_kernel,
             slots * programs,
             constants={
                 "GROUP": group,
                 "PAGE_SIZE": page_size if self.paged else None,
+                "FAR": self.paged and arguments.are_far(k_cache, v_cache),
+                "PAIRS": self.paged and arguments.has_pairs(cache.block_table),
                 "HEAD_DIM": head_dim,
                 "HEAD_DIM_V": head_dim_v,
                 "BLOCK_M": block_m,
@@ -420,19 +434,29 @@ class Decode(Prepared):
         if self.current_index() != self.index:
             return self.elsewhere(q, k_cache, v_cache, cache, variant, num_splits)
         if self.empty:
-            return tuple(arguments.empty(self.out, self.lse))
-        out, lse, parts = arguments.empty(self.out, self.lse, self.parts)
+            return tuple(arguments.empty(*self.results))
+        out, lse, parts = arguments.empty(*self.results)
         if self.copies:
             q, k_cache, v_cache = map(contiguous_rows, (q, k_cache, v_cache))
+        if self.gathers:
+            cache = Cache(*(arguments.contiguous(x) if isinstance(x, Tensor) else x for x in cache))
+        rest = self.rest or (*self.head, *self._variant(q, variant))
+        for launch, tensors, others in self.launches(q, k_cache, v_cache, cache, out, lse, parts, rest):
+            launch(tensors, others)
+        return out, lse
+
+    def launches(
+        self, q, k_cache, v_cache, cache: Cache, out, lse, parts, rest: tuple | None
+    ) -> list[tuple[Launch, tuple, tuple | None]]:
+        """Each with its tensors, or what stands for them, and its other arguments."""
         seqlens, _, batch_idx, leftpad, table = cache
         if not self.paged:
             table = None
-        if self.gathers:
-            seqlens, batch_idx, leftpad, table = map(arguments.contiguous, (seqlens, batch_idx, leftpad, table))
-        self.launch(
-            (q, k_cache, v_cache, out, lse, parts, seqlens, batch_idx, leftpad, table),
-            self.rest or (*self.head, *self._variant(q, variant)),
-        )
+        launches = [(self.launch, (q, k_cache, v_cache, out, lse, parts, seqlens, batch_idx, leftpad, table), rest)]
         if parts is not None:
-            self.combine((out, lse, parts, None, seqlens, leftpad), self.rest_of_combine)
-        return out, lse
+            launches.append((self.combine, (out, lse, parts, None, seqlens, leftpad), self.rest_of_combine))
+        return launches
+
+    def relaunch(self, launches: list) -> Relaunch | None:
+        """Of what ``launches`` returns, and others' in front, of numbers in the place of tensors."""
+        return Relaunch.of(self, self.results, launches)

@@ -42,7 +42,9 @@ def forward_kernel(
     window_right,
     variant,  # the rest of a Variant
     bias,
-    PAGE_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,  # None: not in pages
+    FAR: tl.constexpr,  # see tiles.block_ptrs
+    PAIRS: tl.constexpr,  # see tiles.table_entries
     ALIKE: tl.constexpr,  # k and v have the same strides
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -81,8 +83,9 @@ def forward_kernel(
     k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE)
     v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE)
     bounds = scores.key_blocks(first_row, sequence, head, variant, BLOCK_M, BLOCK_N)
-    if layout.block_table_ptr is not None:
-        pages = tiles.table_entries(bounds[0], bounds[3], sequence, layout, PAGE_SIZE, BLOCK_N)
+    pages = 0
+    if PAGE_SIZE is not None:
+        pages = tiles.table_entries(bounds[0], bounds[3], sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
         pages = tiles.pages_of(pages, layout)
     # Blocks at the left edge of the window, whole blocks, and those at the right edge or the end of the sequence: only
     # the whole ones (part 1) need no mask.
@@ -90,13 +93,10 @@ def forward_kernel(
         if part != 0 or variant.window_left is not None:
             for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
                 columns = start + tl.arange(0, BLOCK_N)
-                if layout.block_table_ptr is None:
-                    k_ptrs = tiles.row_start(k_ptr, start, strides_k) + k_offsets
-                    v_ptrs = tiles.row_start(v_ptr, start, strides_v) + v_offsets
-                else:
-                    k_ptrs = tiles.paged_tile(k_ptr, pages, start, strides_k, k_offsets, PAGE_SIZE, BLOCK_N)
-                    v_ptrs = tiles.paged_tile(v_ptr, pages, start, strides_v, v_offsets, PAGE_SIZE, BLOCK_N)
-                    pages = tiles.table_entries(start + BLOCK_N, bounds[3], sequence, layout, PAGE_SIZE, BLOCK_N)
+                k_ptrs = tiles.block_ptrs(k_ptr, pages, start, strides_k, k_offsets, PAGE_SIZE, FAR, BLOCK_N)
+                v_ptrs = tiles.block_ptrs(v_ptr, pages, start, strides_v, v_offsets, PAGE_SIZE, FAR, BLOCK_N)
+                if PAGE_SIZE is not None:
+                    pages = tiles.table_entries(start + BLOCK_N, bounds[3], sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
                     pages = tiles.pages_of(pages, layout)
                 # (BLOCK_N, BLOCK_D)
                 k = tiles.load(k_ptrs, columns, sequence.seqlen_k, HEAD_DIM, BLOCK_D, part != 1)
@@ -175,6 +175,8 @@ class Forward(Prepared):
             row_tiles * heads,
             constants={
                 "PAGE_SIZE": None if table is None else max(1, k.shape[1]),
+                "FAR": table is not None and arguments.are_far(k, v),
+                "PAIRS": table is not None and arguments.has_pairs(table),
                 "ALIKE": table is not None and self.strides[1] == self.strides[2],
                 "HEAD_DIM": head_dim,
                 "HEAD_DIM_V": head_dim_v,

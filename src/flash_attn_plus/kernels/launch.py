@@ -22,7 +22,13 @@ from .. import device, log
 _LETTERS = {"i1": "i", "i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
 
 _runtime = triton.knobs.runtime
-_thread = threading.local()  # ``has_context``: a kernel was launched from this thread, which binds a context to it
+
+
+class _OfThread(threading.local):
+    has_context = False  # a kernel was launched from this thread, which binds a context to it
+
+
+of_thread = _OfThread()
 
 
 class Launch:
@@ -47,7 +53,7 @@ class Launch:
         direct = self.direct
         if self.early and device.is_capturing():
             direct = None  # it cannot ask for an early start
-        if direct is not None and hasattr(_thread, "has_context") and not _is_watched():
+        if direct is not None and of_thread.has_context and not is_watched():
             direct(tensors, rest, self.stream_of(tensors[0].get_device()))
         elif self.run is None:
             self._first(tensors, rest)
@@ -58,13 +64,13 @@ class Launch:
                 self.run(*pointers, *rest, *self.constants)
             else:  # it would ask which device is the current one
                 self.run(*pointers, *rest, *self.constants, stream=self.stream_of(tensors[0].get_device()))
-            _thread.has_context = True
+            of_thread.has_context = True
 
     def _first(self, tensors: tuple[Tensor | None, ...], rest: tuple) -> None:
         self.compiled = self.function[self.grid](*tensors, *rest, *self.constants, **self.options)
         if self.compiled is None:
             return  # it was interpreted
-        _thread.has_context = True
+        of_thread.has_context = True
         self.run = self.compiled[self.grid]
         if "stream" in inspect.signature(self.run).parameters:
             self.stream_of = triton.runtime.driver.active.get_current_stream
@@ -75,7 +81,7 @@ class Launch:
                 log.once("this PyTorch has no launcher of Triton kernels: Triton's own, which takes longer on the host")
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether anyone hooked Triton's launches: profilers do."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
@@ -121,6 +127,10 @@ class Direct:
         behind = self.behind if rest is self.rest else self._behind(rest)
         self.launch((*[x.data_ptr() for x in tensors if x is not None], *behind), stream)
 
+    def behind_of(self, rest: tuple) -> tuple | None:
+        """What stands behind the tensors, where it is the same in every call."""
+        return None if self.pointers else self._behind(rest)
+
     def _behind(self, rest: tuple) -> tuple:
         """What stands behind the tensors."""
         values = [rest[i] if j is None else rest[i][j] for i, j in self.places]
@@ -151,6 +161,8 @@ class Prepared:
     """Launches that are prepared for arguments of one signature. Calling it runs them with such arguments: on their
     device (``elsewhere`` where ``current_index() != index``).
     """
+
+    only_launches = False  # whether a call is nothing but what ``launches``, where there is one, returns
 
     def __init__(self, on: torch.device) -> None:
         self.device, self.index, self.current_index = on, on.index, device.current_index(on)

@@ -268,9 +268,13 @@ def start_of(ptr, batch, head, row, strides):
 
 
 @triton.jit
-def tile_offsets(strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
-    """(ROWS, BLOCK_D) offsets of a tile from its first row."""
+def tile_offsets(strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, last=None):
+    """(ROWS, BLOCK_D), from the first row of a tile on. ``last``: rows behind this one are it once more, and need no
+    mask: of tiles that are copied into shared memory, masks are half of all instructions.
+    """
     rows = tl.arange(0, ROWS)
+    if last is not None:
+        rows = tl.minimum(rows, last)
     if WIDE:
         rows = rows.to(tl.int64)
     return rows[:, None] * strides[1] + tl.arange(0, BLOCK_D)[None, :]
@@ -286,11 +290,18 @@ def pages_of_block(page_size: int, block: int) -> int | None:
 
 @triton.jit
 def table_entries(
-    start, end, sequence, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, CHANGING: tl.constexpr = False
+    start,
+    end,
+    sequence,
+    layout,
+    PAGE_SIZE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHANGING: tl.constexpr = False,
 ):
     """What the table holds for a block of keys: a tuple of the entries of its pages where ``pages_of_block`` tells how
-    many, else of one tensor, with that of each key. Behind ``end``: that of the last key before it, or 0 where there is
-    none, for which there may be no table.
+    many, else of one tensor, with that of each key. Behind ``end``: that of a key before it, or 0 where there is none,
+    for which there may be no table. PAIRS: rows of the table are pairs of entries, at multiples of their size.
 
     To be read at least one turn of a loop before ``pages_of`` is used in it: Triton starts no load early whose address
     waits for another load of its turn.
@@ -301,18 +312,22 @@ def table_entries(
     keys = start
     if COUNT is None:
         keys += tl.arange(0, BLOCK_N)
-    entries = (_entry(table_ptr, keys // PAGE_SIZE, last, end, CHANGING),)
-    if COUNT is not None:
-        for i in tl.static_range(1, COUNT):
-            entries += (_entry(table_ptr, keys // PAGE_SIZE + i, last, end, CHANGING),)
+    first, exist = keys // PAGE_SIZE, end > 0
+    entries = ()
+    if PAIRS and COUNT is not None and COUNT > 1:
+        pairs_ptr = table_ptr.to(tl.pointer_type(tl.int64))
+        for i in tl.static_range(0, COUNT, 2):
+            pair = _entry(pairs_ptr, (first + i) // 2, last // 2, exist, CHANGING)
+            entries += (pair.to(tl.int32), (pair >> 32).to(tl.int32))
+    else:
+        for i in tl.static_range(1 if COUNT is None else COUNT):
+            entries += (_entry(table_ptr, first + i, last, exist, CHANGING),)
     return entries
 
 
 @triton.jit
-def _entry(table_ptr, number, last, end, CHANGING: tl.constexpr):
-    return tl.load(
-        table_ptr + tl.minimum(number, last), mask=end > 0, other=0, cache_modifier=".cg" if CHANGING else ""
-    )
+def _entry(table_ptr, number, last, exist, CHANGING: tl.constexpr):
+    return tl.load(table_ptr + tl.minimum(number, last), mask=exist, other=0, cache_modifier=".cg" if CHANGING else "")
 
 
 @triton.jit
@@ -336,24 +351,65 @@ def pages_of(entries, layout):
 
 
 @triton.jit
-def paged_tile(ptr, pages, start, strides, offsets, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pointers (BLOCK_N, columns) to a block of keys in those pages; ``offsets`` are those of a tile."""
+def block_ptrs(
+    ptr,
+    pages,
+    start,
+    strides,
+    offsets,
+    PAGE_SIZE: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    last=None,
+):
+    """Pointers (BLOCK_N, columns) to a block of a sequence's keys, whose first row is at ``ptr``, or which lies in
+    pages (PAGE_SIZE is not None). ``offsets`` and ``last`` are those of ``tile_offsets``.
+
+    FAR: rows lie 2**31 elements or more behind the first page.
+    """
+    if PAGE_SIZE is None:
+        return row_start(ptr, start, strides) + offsets
+    else:
+        return _paged_ptrs(ptr, pages, start, strides, offsets, PAGE_SIZE, FAR, BLOCK_N, last)
+
+
+@triton.jit
+def _paged_ptrs(
+    ptr, pages, start, strides, offsets, PAGE_SIZE: tl.constexpr, FAR: tl.constexpr, BLOCK_N: tl.constexpr, last
+):
     COUNT: tl.constexpr = pages_of_block(PAGE_SIZE, BLOCK_N)
     if COUNT == 1:
         row = tl.cast(start % PAGE_SIZE, tl.int64)
         return ptr + (tl.cast(pages[0], tl.int64) * strides[0] + row * strides[1]) + offsets
-    elif COUNT is None:
-        rows = ((start + tl.arange(0, BLOCK_N)) % PAGE_SIZE).to(tl.int64)
-        first = pages[0].to(tl.int64) * strides[0] + rows * strides[1]
-        return ptr + (first[:, None] + tl.arange(0, offsets.shape[1])[None, :])
+    rows = tl.arange(0, BLOCK_N)
+    if COUNT is None:
+        if last is not None:
+            rows = tl.minimum(rows, last)
+        of_rows = _page_start(pages[0], strides, FAR)
+        rows = (start + rows) % PAGE_SIZE
     else:
-        rows = tl.arange(0, BLOCK_N)
-        first = tl.zeros([BLOCK_N], tl.int64) + tl.cast(pages[0], tl.int64) * strides[0]
+        of_rows = tl.zeros([BLOCK_N], tl.int64 if FAR else tl.int32) + _page_start(pages[0], strides, FAR)
+        page_of_row, rows = rows // PAGE_SIZE, rows % PAGE_SIZE
+        if last is not None:
+            ends = rows * 0 + last
         for i in tl.static_range(1, COUNT):
+            page = pages[i]
+            if last is not None:  # a page that has no keys: the first one in its place
+                has_keys = last >= i * PAGE_SIZE
+                page = tl.where(has_keys, page, pages[0])
+                ends = tl.where(page_of_row == i, tl.where(has_keys, last - i * PAGE_SIZE, last), ends)
             # Which page a thread's rows lie in, the compiler knows.
-            first = tl.where(rows // PAGE_SIZE == i, tl.cast(pages[i], tl.int64) * strides[0], first)
-        of_rows = (rows % PAGE_SIZE).to(offsets.dtype) * strides[1]
-        return ptr + first[:, None] + (of_rows[:, None] + tl.arange(0, offsets.shape[1])[None, :])
+            of_rows = tl.where(page_of_row == i, _page_start(page, strides, FAR), of_rows)
+        if last is not None:
+            rows = tl.minimum(rows, ends)
+    of_rows += rows.to(of_rows.dtype) * tl.cast(strides[1], of_rows.dtype)
+    return ptr + (of_rows[:, None] + tl.arange(0, offsets.shape[1])[None, :])
+
+
+@triton.jit
+def _page_start(page, strides, FAR: tl.constexpr):
+    OFFSET: tl.constexpr = tl.int64 if FAR else tl.int32  # of 32 bits, addresses are half as many instructions
+    return tl.cast(page, OFFSET) * tl.cast(strides[0], OFFSET)
 
 
 @triton.jit
