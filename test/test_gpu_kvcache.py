@@ -549,7 +549,7 @@ def test_later_steps_are_the_operators(name, device, monkeypatch):
         if case.seqlen_new:
             OPS.append_kv(*expected, *new, seqlens, cache.cache_batch_idx, cache.block_table, *tables)
             if case.rotary_dim:
-                q = OPS.rotary(q, *tables, 0, seqlens)
+                q = OPS.rotary(q, *tables, 0, seqlens, interleaved=True)
         result = run_decode(
             problem._replace(q=q, k_cache=expected[0], v_cache=expected[1], cache=cache._replace(cache_seqlens=seqlens))
         )
