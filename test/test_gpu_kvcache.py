@@ -511,10 +511,12 @@ STEPS = {
 }
 
 
+@pytest.mark.parametrize("poisoned", [True, pytest.param(False, marks=pytest.mark.no_poison)])
 @pytest.mark.parametrize("name", STEPS)
-def test_later_steps_are_the_operators(name, device, monkeypatch):
-    """Of other tensors each: what is launched again gets theirs. In a graph, while someone watches, in another thread,
-    beside another stream."""
+def test_later_steps_are_the_operators(name, poisoned, device, monkeypatch):
+    """Of other tensors each: what is launched again gets theirs. On another stream, in a graph, while someone watches,
+    in another thread.
+    """
     from triton import knobs
 
     from flash_attn_plus.kernels.relaunch import Relaunch
@@ -565,11 +567,12 @@ def test_later_steps_are_the_operators(name, device, monkeypatch):
         used = name not in ("many_queries", "rotary")
         assert len(relaunched) >= (3 if used else 0)  # the first two are found by other ways
         assert used or not relaunched
-        of_step, side = tensors(7), torch.cuda.Stream()
+        before, of_step, side = len(relaunched), tensors(7), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             got = step(*of_step)
         torch.cuda.synchronize()
+        assert len(relaunched) == before + used
         check(of_step, got)
         for watch in ("hook", "graph", "thread"):
             before, of_step = len(relaunched), tensors(8)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from assertions import assert_close_to_oracle, rounding_floor
@@ -172,6 +173,36 @@ class TestLine:
         assert (room, programs, batch, *rest) == (8, 2, 6, keys, 0, equal)
 
 
+@pytest.mark.parametrize("dim", [64, 130])
+def test_offsets_that_leave_32_bits(dim: int) -> None:
+    def pool(*shape: int, strides: tuple[int, ...] | None = None) -> Tensor:
+        if strides is None:
+            return torch.empty(*shape, dim, device="meta")
+        return torch.empty_strided((*shape, dim), (*strides, 1), device="meta")
+
+    near = pool(2**31 // (16 * dim) - 3, 16, 1)
+    assert not arguments.are_far(near, near)
+    assert arguments.are_far(near, pool(2**31 // (16 * dim) + 3, 16, 1))
+    assert arguments.are_far(pool(2**31 // (16 * dim) + 3, 16, 1), near)
+    assert not arguments.are_far(pool(1, 16, 1, strides=(1, 2**26, 1)))
+    assert arguments.are_far(pool(1, 16, 1, strides=(1, 2**27, 1)))
+    assert arguments.are_far(pool(2**20, 16, 2, strides=(dim, 2**20 * 2 * dim, 2**20 * dim)))  # pages innermost
+    assert arguments.are_far(pool(2**25 - 1, 16, 1, strides=(64, 1, 1)))  # by its columns
+
+
+def test_no_kernel_of_its_own_where_it_makes_no_difference() -> None:
+    def constants(page_size: int, width: int, rows: int = 8) -> dict:
+        k = torch.empty(rows, page_size, 1, 64, device="meta")
+        return arguments.paging(k, k, torch.empty(1, width, dtype=torch.int32), 64)
+
+    for page_size in (64, 256, 100, 7, 1):
+        assert constants(page_size, 4) == constants(page_size, 5) != constants(16, 4)
+    assert constants(16, 4) != constants(16, 5)
+    assert constants(64, 4, 2**21) == constants(64, 4) and constants(128, 4, 2**21) == constants(128, 4)
+    assert constants(16, 4, 2**21) != constants(16, 4) and constants(48, 4, 2**21) != constants(48, 4)
+    assert arguments.paging(*[torch.empty(1, 1, 1, 1)] * 2, None, 64)["PAGE_SIZE"] is None
+
+
 class TestDecode:
     @pytest.mark.parametrize("case", DECODE_CASES, ids=str)
     def test_agrees_with_the_oracle(self, case: Case, device: str, tiles) -> None:
@@ -225,6 +256,46 @@ class TestDecode:
         library.memory_of("decode").clear()
         check_decoding(problem, case.name, lambda problem: results[0])
         assert all(same_bits(result, results[0]) for result in results)
+
+    @pytest.mark.parametrize("width", [5, 6])
+    @pytest.mark.parametrize("page_size", [1, 4, 5, 16, 32])
+    def test_nothing_is_read_beside_the_table(
+        self, page_size: int, width: int, device: str, tiles, monkeypatch
+    ) -> None:
+        """Not by blocks that end behind it, or are asked for three turns early. A number from beside it would be
+        clamped like any other: it does not show in results.
+        """
+        if device != "cpu":
+            pytest.skip("compute-sanitizer looks at it there")
+        tiles(TILES[2])
+        case = Case("beside", (width * page_size, 3), capacity=width * page_size, page_size=page_size, dim=8)
+        problem = case.decoding(device, torch.float16)
+        table = problem.cache.block_table[:, :width].contiguous()
+        begin, end = table.data_ptr(), table.data_ptr() + table.nbytes
+        near, reads = 4096, []
+
+        class Watching:
+            def __getattr__(self, name):
+                return getattr(builder, name)
+
+            def load(self, ptrs, mask, *args):
+                places = numpy.broadcast_arrays(numpy.asarray(ptrs), numpy.asarray(mask, dtype=bool))
+                size = numpy.dtype(args[-1]).itemsize
+                reads.extend((int(at), size) for at in places[0][places[1]] if begin - near <= at < end + near)
+                return builder.load(ptrs, mask, *args)
+
+        import interpreter
+        from triton.runtime import interpreter as of_triton
+
+        interpreter.install()
+        builder = of_triton._interpreter
+        monkeypatch.setattr(of_triton, "_interpreter", Watching())
+        # Nothing else lies near it.
+        pool = torch.zeros(2 * near + table.nbytes, dtype=torch.uint8)
+        alone = pool[near : near + table.nbytes].view(torch.int32).view_as(table).copy_(table)
+        begin, end = alone.data_ptr(), alone.data_ptr() + alone.nbytes
+        check_decoding(problem._replace(cache=problem.cache._replace(block_table=alone)), case.name, interpreted)
+        assert reads and all(begin <= at and at + size <= end and at % size == 0 for at, size in reads)
 
     @pytest.mark.parametrize("alike", [False, True])
     def test_many_sequences(self, alike: bool, device: str, tiles, monkeypatch) -> None:

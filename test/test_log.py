@@ -178,6 +178,8 @@ class TestGPU:
         class Kernel:
             """Compiled and interpreted by nobody."""
 
+            arg_names = ()
+
             def __getitem__(self, grid):
                 return self
 

@@ -278,7 +278,7 @@ class _Ways(NamedTuple):
     decode: Callable
     variant: Variant
     num_splits: int
-    relaunch: Relaunch | None  # all of it, where nothing but launches is
+    relaunch: Relaunch | None  # the whole step, if it was only kernel launches
 
 
 _steps, _rotary = library.memory_of("decode").recent_callers, library.overload("rotary")
@@ -398,26 +398,19 @@ def _keep(step: Step, write: Callable | None, attend: Callable, decode: tuple) -
         if rotary is None:
             return
     latest = Latest(step, None)
+    if latest.records and torch.is_grad_enabled():
+        return  # ``again`` would not take it
     relaunch = None if rotary is not None else _relaunch(latest, step, write, attend, cache)
     latest.run = _Ways(rotary, write, attend, variant, num_splits, relaunch)
-    if not (latest.records and torch.is_grad_enabled()):  # else ``again`` would not take it
-        _steps.add(latest)
+    _steps.add(latest)
 
 
 def _relaunch(latest: Latest, step: Step, write: Callable | None, attend: Callable, cache: Cache) -> Relaunch | None:
-    """What ran, where it is nothing but launches of kernels, by the numbers of the step's tensors."""
-    if not all(getattr(run, "only_launches", False) for run in (write, attend) if run is not None):
+    if not hasattr(attend, "relaunch"):
         return None
     numbers = {id(x): i for i, x in enumerate(latest.tensors_of(step))}
     at = Step(*[numbers[id(x)] if isinstance(x, Tensor) else x for x in step])
-    launches = []
-    if write is not None:
-        new = New(at.cache_seqlens, at.cache_batch_idx, at.block_table)
-        launches += write.launches(at.k_cache, at.v_cache, at.k, at.v, new)
-    cache = Cache(at.cache_seqlens, cache.seqlen_new, at.cache_batch_idx, at.cache_leftpad, at.block_table)
-    results = [None if x is None else len(numbers) + i for i, x in enumerate(attend.results)]
-    launches += attend.launches(at.q, at.k_cache, at.v_cache, cache, *results, attend.rest)
-    return attend.relaunch(launches)
+    return attend.relaunch(write, at, cache.seqlen_new, len(numbers))
 
 
 def _may_write_into(k_cache: Tensor, v_cache: Tensor) -> bool:

@@ -60,10 +60,8 @@ class Recent:
         self.latest: tuple[Latest, ...] = ()
 
     def like(self, args: tuple) -> Latest | None:
-        for latest in self.latest:
-            if latest.is_like(args):
-                return latest
-        return None
+        found = self.find(args)
+        return None if found is None else found[0]
 
     def find(self, args: tuple) -> tuple[Latest, list[int]] | None:
         """``like``, and where the tensors of ``args`` lie."""

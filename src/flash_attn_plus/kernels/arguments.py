@@ -203,17 +203,29 @@ def is_wide(variant: Variant, stride_out: int, *of_tensors: tuple[int, int, int]
     return max(inside) >= 2**31 // (2 * plan.MOST_ROWS)
 
 
+def paging(k: Tensor, v: Tensor, table: Tensor | None, block_n: int) -> dict[str, int | bool | None]:
+    """Constants that tell how keys lie in pages: see tiles.py. The same ones wherever they make no difference, so that
+    no kernel is compiled anew for a table of another width.
+    """
+    if table is None:
+        return {"PAGE_SIZE": None, "FAR": False, "PAIRS": False}
+    page_size = max(1, k.shape[1])
+    count = tiles.pages_of_block(page_size, block_n)
+    several = count is not None and count > 1
+    return {"PAGE_SIZE": page_size, "FAR": count != 1 and are_far(k, v), "PAIRS": several and has_pairs(table)}
+
+
 def are_far(*caches: Tensor) -> bool:
-    """Whether offsets of rows in pages may leave 32 bits, counted from the first page."""
+    """Whether offsets in pages may leave 32 bits, counted from the first one."""
     for x in caches:
         of_page, of_row, _ = strides(x)
-        if x.shape[0] * of_page + x.shape[1] * of_row >= 2**31:
+        if x.shape[0] * of_page + x.shape[1] * of_row + x.shape[3] >= 2**31:
             return True
     return False
 
 
 def has_pairs(table: Tensor) -> bool:
-    """Whether the rows of a block table are pairs of entries at multiples of 8 bytes; a copy is made where rows are
-    not contiguous.
+    """Whether the rows of a block table are pairs of entries at multiples of 8 bytes. Of rows that are not contiguous a
+    copy is made.
     """
     return table.shape[1] % 2 == 0 and (table.data_ptr() % 8 == 0 or not table.is_contiguous())

@@ -8,7 +8,7 @@ inference" (2023). Many queries go to the kernel of forward.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -16,12 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device, plan
-from ..schemas import Cache, Variant
+from ..schemas import Cache, New, Variant
 from ..strides import contiguous_rows, has_contiguous_rows
 from . import arguments, combine, early, scores, softmax, splits, tiles
 from .forward import Forward
 from .launch import Launch, Prepared
 from .relaunch import Relaunch
+
+if TYPE_CHECKING:
+    from ..eager import Step
+    from .append import Append
 
 
 class Rows(NamedTuple):
@@ -233,7 +237,8 @@ def _attend(
     COUNT: tl.constexpr = 1 if PAGE_SIZE is None else tiles.pages_of_block(PAGE_SIZE, BLOCK_N)
     MASKED: tl.constexpr = COUNT is not None and COUNT > 2  # to look for the last key in each page takes longer
     if PAGE_SIZE is not None:  # three blocks ahead: the first keys wait for the table once, all together
-        # An entry for each key is for a key that there is; others are there before lengths are known.
+        # With an entry for each key, those past the last key must be of its page. Else all up to the capacity are read,
+        # which is known before lengths are.
         end = part.end if COUNT is None else layout.rows_k
         pages = tiles.table_entries(part.begin, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
         second = tiles.table_entries(part.begin + part.step, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
@@ -403,9 +408,7 @@ class Decode(Prepared):
             slots * programs,
             constants={
                 "GROUP": group,
-                "PAGE_SIZE": page_size if self.paged else None,
-                "FAR": self.paged and arguments.are_far(k_cache, v_cache),
-                "PAIRS": self.paged and arguments.has_pairs(cache.block_table),
+                **arguments.paging(k_cache, v_cache, cache.block_table if self.paged else None, chosen.BLOCK_N),
                 "HEAD_DIM": head_dim,
                 "HEAD_DIM_V": head_dim_v,
                 "BLOCK_M": block_m,
@@ -457,6 +460,20 @@ class Decode(Prepared):
             launches.append((self.combine, (out, lse, parts, None, seqlens, leftpad), self.rest_of_combine))
         return launches
 
-    def relaunch(self, launches: list) -> Relaunch | None:
-        """Of what ``launches`` returns, and others' in front, of numbers in the place of tensors."""
-        return Relaunch.of(self, self.results, launches)
+    def relaunch(self, append: Append | None, at: Step, seqlen_new: int, count: int) -> Relaunch | None:
+        """A whole step, ``append`` in front of this. ``at``: its arguments, with numbers below ``count`` for its
+        tensors. None where a call does more than launch kernels.
+        """
+        if not all(getattr(run, "only_launches", False) for run in (self, append) if run is not None):
+            return None
+        launches = []
+        if append is not None:
+            new = New(at.cache_seqlens, at.cache_batch_idx, at.block_table)
+            launches += append.launches(at.k_cache, at.v_cache, at.k, at.v, new)
+        cache = Cache(at.cache_seqlens, seqlen_new, at.cache_batch_idx, at.cache_leftpad, at.block_table)
+        results = [None if x is None else count + i for i, x in enumerate(self.results)]
+        launches += self.launches(at.q, at.k_cache, at.v_cache, cache, *results, self.rest)
+        try:
+            return Relaunch(self, self.results, launches)
+        except NotImplementedError:
+            return None

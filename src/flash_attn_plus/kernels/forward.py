@@ -174,9 +174,7 @@ class Forward(Prepared):
             forward_kernel,
             row_tiles * heads,
             constants={
-                "PAGE_SIZE": None if table is None else max(1, k.shape[1]),
-                "FAR": table is not None and arguments.are_far(k, v),
-                "PAIRS": table is not None and arguments.has_pairs(table),
+                **arguments.paging(k, v, table, chosen.BLOCK_N),
                 "ALIKE": table is not None and self.strides[1] == self.strides[2],
                 "HEAD_DIM": head_dim,
                 "HEAD_DIM_V": head_dim_v,

@@ -39,6 +39,9 @@ class Launch:
     """
 
     def __init__(self, function: Callable, programs: int, constants: dict, options: dict[str, int]) -> None:
+        names = list(function.arg_names)[len(function.arg_names) - len(constants) :]
+        if list(constants) != names:  # they are passed by their places: a wrong order would compile
+            raise TypeError(f"constants: expected {names}, got {list(constants)}")
         self.function, self.grid = function, (programs, 1, 1)
         self.constants = tuple(constants.values())
         # Said, because a Triton release changed the default.
@@ -162,7 +165,7 @@ class Prepared:
     device (``elsewhere`` where ``current_index() != index``).
     """
 
-    only_launches = False  # whether a call is nothing but what ``launches``, where there is one, returns
+    only_launches = False  # whether calls do nothing but launch what ``launches`` returns
 
     def __init__(self, on: torch.device) -> None:
         self.device, self.index, self.current_index = on, on.index, device.current_index(on)

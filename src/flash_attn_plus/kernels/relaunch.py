@@ -1,7 +1,7 @@
 """What a call of several operators launches, launched again with nothing looked at but where its tensors lie.
 
-A step of decoding is three launches of some microseconds. To describe the arguments of two operators to them, ask each
-of the launches whether it may be made, and have every tensor tell its address each time takes longer than that.
+A step of decoding is three launches of some microseconds. What comes before them takes longer: telling two operators
+their arguments, asking for each launch whether it may be made, asking every tensor for its address more than once.
 """
 
 from __future__ import annotations
@@ -27,23 +27,16 @@ class Relaunch:
     def __init__(
         self, prepared: Prepared, results: Sequence[arguments.Result | None], launches: Sequence[Numbered]
     ) -> None:
+        """NotImplementedError: a launch takes more than addresses."""
         self.index, self.current_index, self.results = prepared.index, prepared.current_index, results
+        self.stream_of = launches[0][0].stream_of
         self.launches = []
         for launch, tensors, rest in launches:
             behind = launch.direct and rest and launch.direct.behind_of(rest)
             if behind is None:
-                raise NotImplementedError("a launch that takes more than addresses")
+                raise NotImplementedError("no such launcher, or arguments that differ from call to call")
             numbers = itemgetter(*[x for x in tensors if x is not None])  # a kernel has two pointers at least
             self.launches.append((launch.direct.launch, numbers, behind))
-            self.stream_of = launch.stream_of
-
-    @classmethod
-    def of(cls, *args) -> Relaunch | None:
-        """None where launches are more than that."""
-        try:
-            return cls(*args)
-        except NotImplementedError:
-            return None
 
     def is_possible(self) -> bool:
         """Here and now."""

@@ -3,8 +3,9 @@
 A dense batch is a packed one whose offsets are computed: ``query_tile`` says which rows of which sequence a program
 owns, whatever the layout, and everything behind it is the same.
 
-Offsets are 64-bit wherever a batch, head or row number is multiplied by a stride. Inside one tile they stay 32-bit,
-which takes half the registers, unless the launcher found strides so large that a tile spans 2**31 elements (WIDE).
+Offsets are 64-bit wherever the number of a batch, a head or a first row is multiplied by a stride. Inside one tile they
+stay 32-bit, which takes half the registers, unless the launcher found strides so large that a tile spans 2**31 elements
+(WIDE). A tile whose keys lie in several pages spans all pages of the pool (FAR).
 """
 
 from __future__ import annotations
@@ -269,8 +270,8 @@ def start_of(ptr, batch, head, row, strides):
 
 @triton.jit
 def tile_offsets(strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, last=None):
-    """(ROWS, BLOCK_D), from the first row of a tile on. ``last``: rows behind this one are it once more, and need no
-    mask: of tiles that are copied into shared memory, masks are half of all instructions.
+    """(ROWS, BLOCK_D), from the first row of a tile on. Rows past ``last`` repeat it, and need no mask: of tiles that
+    are copied into shared memory, a mask takes more instructions than the copy.
     """
     rows = tl.arange(0, ROWS)
     if last is not None:
@@ -300,8 +301,9 @@ def table_entries(
     CHANGING: tl.constexpr = False,
 ):
     """What the table holds for a block of keys: a tuple of the entries of its pages where ``pages_of_block`` tells how
-    many, else of one tensor, with that of each key. Behind ``end``: that of a key before it, or 0 where there is none,
-    for which there may be no table. PAIRS: rows of the table are pairs of entries, at multiples of their size.
+    many, else of one tensor, with that of each key. Behind ``end``: one of the table's row, or 0 where there is no key,
+    and may be no table; with an entry for each key, that of the last key. PAIRS: rows of the table are pairs of
+    entries, at multiples of their size, and are read so.
 
     To be read at least one turn of a loop before ``pages_of`` is used in it: Triton starts no load early whose address
     waits for another load of its turn.
@@ -365,7 +367,7 @@ def block_ptrs(
     """Pointers (BLOCK_N, columns) to a block of a sequence's keys, whose first row is at ``ptr``, or which lies in
     pages (PAGE_SIZE is not None). ``offsets`` and ``last`` are those of ``tile_offsets``.
 
-    FAR: rows lie 2**31 elements or more behind the first page.
+    FAR: rows lie 2**31 elements or more behind the first page's.
     """
     if PAGE_SIZE is None:
         return row_start(ptr, start, strides) + offsets
@@ -381,29 +383,29 @@ def _paged_ptrs(
     if COUNT == 1:
         row = tl.cast(start % PAGE_SIZE, tl.int64)
         return ptr + (tl.cast(pages[0], tl.int64) * strides[0] + row * strides[1]) + offsets
-    rows = tl.arange(0, BLOCK_N)
-    if COUNT is None:
-        if last is not None:
-            rows = tl.minimum(rows, last)
-        of_rows = _page_start(pages[0], strides, FAR)
-        rows = (start + rows) % PAGE_SIZE
     else:
+        rows = tl.arange(0, BLOCK_N)
         of_rows = tl.zeros([BLOCK_N], tl.int64 if FAR else tl.int32) + _page_start(pages[0], strides, FAR)
-        page_of_row, rows = rows // PAGE_SIZE, rows % PAGE_SIZE
-        if last is not None:
-            ends = rows * 0 + last
-        for i in tl.static_range(1, COUNT):
-            page = pages[i]
-            if last is not None:  # a page that has no keys: the first one in its place
-                has_keys = last >= i * PAGE_SIZE
-                page = tl.where(has_keys, page, pages[0])
-                ends = tl.where(page_of_row == i, tl.where(has_keys, last - i * PAGE_SIZE, last), ends)
-            # Which page a thread's rows lie in, the compiler knows.
-            of_rows = tl.where(page_of_row == i, _page_start(page, strides, FAR), of_rows)
-        if last is not None:
-            rows = tl.minimum(rows, ends)
-    of_rows += rows.to(of_rows.dtype) * tl.cast(strides[1], of_rows.dtype)
-    return ptr + (of_rows[:, None] + tl.arange(0, offsets.shape[1])[None, :])
+        if COUNT is None:
+            if last is not None:
+                rows = tl.minimum(rows, last)
+            rows = (start + rows) % PAGE_SIZE
+        else:
+            page_of_row, rows = rows // PAGE_SIZE, rows % PAGE_SIZE
+            if last is not None:
+                ends = rows * 0 + last
+            for i in tl.static_range(1, COUNT):
+                page = pages[i]
+                if last is not None:  # a page that has no keys: the first one in its place
+                    has_keys = last >= i * PAGE_SIZE
+                    page = tl.where(has_keys, page, pages[0])
+                    ends = tl.where(page_of_row == i, tl.where(has_keys, last - i * PAGE_SIZE, last), ends)
+                # Which page a thread's rows lie in, the compiler knows.
+                of_rows = tl.where(page_of_row == i, _page_start(page, strides, FAR), of_rows)
+            if last is not None:
+                rows = tl.minimum(rows, ends)
+        of_rows += rows.to(of_rows.dtype) * tl.cast(strides[1], of_rows.dtype)
+        return ptr + (of_rows[:, None] + tl.arange(0, offsets.shape[1])[None, :])
 
 
 @triton.jit

@@ -1,8 +1,11 @@
-"""kernels/relaunch.py: what is launched again takes the addresses and numbers that the operators would give it."""
+"""kernels/launch.py and kernels/relaunch.py: what is launched again takes the addresses and numbers that the operators
+would give it.
+"""
 
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +35,6 @@ class Direct:
 
     def __init__(self, of: launch.Launch, launched: list) -> None:
         self.launch = lambda told, stream: launched.append((of, told, stream))
-        self.rests = {}
 
     def behind_of(self, rest: tuple) -> tuple:
         return ("behind", id(rest))
@@ -93,7 +95,6 @@ def test_what_operators_launch(case: Case, device: str, monkeypatch) -> None:
     lists = (other.cache_seqlens, cache.seqlen_new, other.cache_batch_idx, other.cache_leftpad, other.block_table)
     attend(*other[:3], type(cache)(*lists), problem.variant, case.num_splits)
     assert launched == expected and len(expected) == 1 + (write is not None) + (results[2] is not None)
-    assert Latest(step, None).addresses_of(other._replace(causal="other")) is None
 
 
 def test_where_a_call_is_more_than_launches(device: str, monkeypatch) -> None:
@@ -127,6 +128,44 @@ def test_where_a_call_is_more_than_launches(device: str, monkeypatch) -> None:
     assert eager._relaunch(Latest(step, None), step, None, torch.ops.flash_attn_plus.decode, problem.cache) is None
 
 
+@pytest.mark.parametrize("possible", [True, False])
+@pytest.mark.parametrize("appends", [True, False])
+def test_the_function_takes_this_way(appends: bool, possible: bool, device: str, monkeypatch) -> None:
+    if device != "cpu":
+        pytest.skip("on a GPU test_gpu_kvcache.py takes it")
+    case = CASES[0] if appends else CASES[4]
+    step, other, ran = step_of(case), step_of(case), []
+
+    class Again:
+        def is_possible(self) -> bool:
+            return possible
+
+        def __call__(self, addresses: list[int]) -> list:
+            ran.append(addresses)
+            return ["out", "lse", "parts"]
+
+    def write(*args) -> None:
+        ran.append(args)
+
+    def attend(*args) -> tuple[str, str]:
+        ran.append(args)
+        return "out", "lse"
+
+    ways = eager._Ways(None, write if appends else None, attend, None, case.num_splits, Again())
+    monkeypatch.setattr(eager._steps, "latest", (Latest(step, ways),))
+    caches = other.k_cache, other.v_cache
+    versions = [x._version for x in caches]
+    with torch.no_grad():
+        assert eager.again(other) == ("out", "lse")
+    assert [x._version for x in caches] == [version + appends for version in versions]
+    tensors = [x for x in other if isinstance(x, torch.Tensor)]
+    if possible:
+        assert ran == [[x.data_ptr() for x in tensors]]
+    else:
+        assert len(ran) == 1 + appends and ran[-1][0] is other.q
+    assert eager.again(other._replace(q=other.q[:, :0])) is None
+
+
 @pytest.mark.parametrize("hindrance", ["", "device", "thread", "watched", "capture"])
 def test_where_it_is_not_possible(hindrance: str, device: str, monkeypatch) -> None:
     if device != "cpu":
@@ -134,10 +173,19 @@ def test_where_it_is_not_possible(hindrance: str, device: str, monkeypatch) -> N
     prepared = launch.Prepared(torch.device("cpu"))
     if hindrance == "device":
         prepared.current_index = lambda: 7
-    again = relaunch.Relaunch(prepared, (), ())
+    one = SimpleNamespace(direct=Direct(None, []), stream_of=None)
+    again = relaunch.Relaunch(prepared, (), [(one, (0, 1), ("rest",))])
     monkeypatch.setattr(launch.of_thread, "has_context", hindrance != "thread")
     if hindrance == "watched":
         monkeypatch.setattr(relaunch, "is_watched", lambda: True)
     if hindrance == "capture":
         monkeypatch.setattr(relaunch.device, "is_capturing", lambda: True)
     assert again.is_possible() == (not hindrance)
+
+
+@pytest.mark.parametrize("names", [("DIM", "BLOCK"), ("BLOCK",), ("BLOCK", "DIM", "EARLY")])
+def test_constants_are_passed_by_their_places(names: tuple[str, ...]) -> None:
+    function = SimpleNamespace(arg_names=["x_ptr", "BLOCK", "DIM"])
+    assert launch.Launch(function, 1, {"BLOCK": 1, "DIM": 2}, {}).constants == (1, 2)
+    with pytest.raises(TypeError, match="constants: expected"):
+        launch.Launch(function, 1, dict.fromkeys(names, 1), {})
