@@ -318,13 +318,9 @@ DECODE_KINDS = ("plain", "paged", "pages_64", "small_pages", "window", "options"
 # As SPILLS, by kind, of any of its kernels; 16 bytes of masks everywhere. A slot that goes through several sequences
 # has more to keep than one with a sequence of its own.
 DECODE_SPILLS = {
-    ("sm_80", 2, 64): {"rows": 24},
-    ("sm_80", 2, 128): {"rows": 48},
-    ("sm_80", 2, 256): {"rows": 80},
+    ("sm_80", 2, 256): {"rows": 24},
     ("sm_100", 2, 64): {"rows": 56},
-    ("sm_120", 2, 64): {"rows": 88},
-    ("sm_120", 2, 256): {"rows": 32},
-    ("sm_120", 4, 256): {"window": 32, "options": 24},
+    ("sm_120", 2, 64): {"rows": 72},
     ("gfx1100", 2, 128): {"rows": 120},
     ("gfx1100", 2, 256): {
         "plain": 120,
