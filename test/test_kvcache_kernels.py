@@ -268,11 +268,18 @@ class TestDecode:
         if device != "cpu":
             pytest.skip("compute-sanitizer looks at it there")
         tiles(TILES[2])
+        import interpreter
+        from triton.runtime import interpreter as of_triton
+
+        interpreter.install()
         case = Case("beside", (width * page_size, 3), capacity=width * page_size, page_size=page_size, dim=8)
         problem = case.decoding(device, torch.float16)
         table = problem.cache.block_table[:, :width].contiguous()
+        near = 4096  # bytes on both sides, where nothing else lies
+        pool = torch.zeros(2 * near + table.nbytes, dtype=torch.uint8)
+        table = pool[near : near + table.nbytes].view(torch.int32).view_as(table).copy_(table)
         begin, end = table.data_ptr(), table.data_ptr() + table.nbytes
-        near, reads = 4096, []
+        builder, reads = of_triton._interpreter, []
 
         class Watching:
             def __getattr__(self, name):
@@ -284,17 +291,8 @@ class TestDecode:
                 reads.extend((int(at), size) for at in places[0][places[1]] if begin - near <= at < end + near)
                 return builder.load(ptrs, mask, *args)
 
-        import interpreter
-        from triton.runtime import interpreter as of_triton
-
-        interpreter.install()
-        builder = of_triton._interpreter
         monkeypatch.setattr(of_triton, "_interpreter", Watching())
-        # Nothing else lies near it.
-        pool = torch.zeros(2 * near + table.nbytes, dtype=torch.uint8)
-        alone = pool[near : near + table.nbytes].view(torch.int32).view_as(table).copy_(table)
-        begin, end = alone.data_ptr(), alone.data_ptr() + alone.nbytes
-        check_decoding(problem._replace(cache=problem.cache._replace(block_table=alone)), case.name, interpreted)
+        check_decoding(problem._replace(cache=problem.cache._replace(block_table=table)), case.name, interpreted)
         assert reads and all(begin <= at and at + size <= end and at % size == 0 for at, size in reads)
 
     @pytest.mark.parametrize("alike", [False, True])

@@ -298,15 +298,15 @@ def again(step: Step) -> tuple[Tensor, Tensor] | None:
     if latest.records and torch.is_grad_enabled():
         return None
     rotary, append_kv, decode, variant, num_splits, relaunch = latest.run
-    q, k_cache, v_cache, k, v, cos, sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *_ = step
-    # Inference tensors look like others where the thread excludes autograd.
-    if append_kv is not None and not _may_write_into(k_cache, v_cache):
-        return None
+    if append_kv is not None:
+        # Inference tensors look like others where the thread excludes autograd.
+        if not _may_write_into(step.k_cache, step.v_cache):
+            return None
+        _rise((step.k_cache, step.v_cache))
     if relaunch is not None and relaunch.is_possible():
-        if append_kv is not None:
-            _rise((k_cache, v_cache))
         out, lse, _ = relaunch(addresses)
         return out, lse
+    q, k_cache, v_cache, k, v, cos, sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, *_ = step
     if rotary is not None:
         x, *rotation = _rotation(step, cache_seqlens, variant)
         q = rotary(x, Rotation(*rotation)).view(q.shape)
@@ -314,7 +314,6 @@ def again(step: Step) -> tuple[Tensor, Tensor] | None:
     if append_kv is not None:
         seqlen_new = k.shape[1]
         new = New(cache_seqlens, cache_batch_idx, block_table, cos, sin, step.rotary_interleaved)
-        _rise((k_cache, v_cache))
         append_kv(k_cache, v_cache, k, v, new)
     cache = Cache(cache_seqlens, seqlen_new, cache_batch_idx, cache_leftpad, block_table)
     return decode(q, k_cache, v_cache, cache, variant, num_splits)

@@ -302,8 +302,8 @@ def table_entries(
 ):
     """What the table holds for a block of keys: a tuple of the entries of its pages where ``pages_of_block`` tells how
     many, else of one tensor, with that of each key. Behind ``end``: one of the table's row, or 0 where there is no key,
-    and may be no table; with an entry for each key, that of the last key. PAIRS: rows of the table are pairs of
-    entries, at multiples of their size, and are read so.
+    and may be no table; with an entry for each key, that of the last key. PAIRS: there are several, and
+    rows of the table are pairs of entries at multiples of their size, which are read so.
 
     To be read at least one turn of a loop before ``pages_of`` is used in it: Triton starts no load early whose address
     waits for another load of its turn.
@@ -316,7 +316,7 @@ def table_entries(
         keys += tl.arange(0, BLOCK_N)
     first, exist = keys // PAGE_SIZE, end > 0
     entries = ()
-    if PAIRS and COUNT is not None and COUNT > 1:
+    if PAIRS:
         pairs_ptr = table_ptr.to(tl.pointer_type(tl.int64))
         for i in tl.static_range(0, COUNT, 2):
             pair = _entry(pairs_ptr, (first + i) // 2, last // 2, exist, CHANGING)
