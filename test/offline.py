@@ -33,6 +33,7 @@ class Compiled(NamedTuple):
     serialized: bool  # ptxas gave up overlapping wgmma
     chained: bool  # a matrix product adds to the sum of another
     waits: bool | None = None  # for the kernel in front before it relies on memory; None: it never waits
+    barriers: int | None = None  # between the first and the last "mma": those of one turn, where it has one loop
 
 
 class _Launcher:
@@ -148,6 +149,7 @@ def measure(compiled) -> Compiled:
         re.search(r"C75(10|11|12)", log) is not None,
         _chained(compiled),
         waits,
+        text[text.index("mma.sync") : text.rindex("mma.sync")].count("bar.sync") if matrix == "mma" else None,
     )
 
 

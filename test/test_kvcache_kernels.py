@@ -56,9 +56,9 @@ OPS = torch.ops.flash_attn_plus
 TILES = [
     DecodePlan(16, 4, 1, programs=6, shortest=16),
     DecodePlan(16, 4, 1, programs=8, shortest=48),
-    DecodePlan(32, 4, 1, programs=12, shortest=32),
+    DecodePlan(32, 1, 1, programs=12, shortest=32),  # one warp: weights of a block in fewer sums than it has keys
 ]
-WHOLE = [DecodePlan(block_n, 4, 1, programs=0, shortest=block_n) for block_n in (32, 64)]  # nothing is split
+WHOLE = [DecodePlan(block_n, 1, 1, programs=0, shortest=block_n) for block_n in (32, 64)]  # nothing is split
 PREFILL_TILES = Plan(64, 32, 4, 1)
 
 

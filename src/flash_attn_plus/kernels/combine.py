@@ -124,14 +124,14 @@ def _combined(
         if sums_ptr is not None:
             sums = tl.load(sums_ptr + numbers * stride_lse, mask=exist, other=0.0)
         # (1, BLOCK_P): scores of one query, whose values are the parts
-        weights, factor, maximum, of_weights = softmax.update(lse[None, :], UNIT, maximum, total, True)
+        weights, factor, maximum = softmax.update(lse[None, :], UNIT, maximum, True)
+        if sums_ptr is None:
+            total = total * factor + tl.sum(weights, 1)
         weights = tl.reshape(weights, [BLOCK_P])
         # A part that saw nothing may hold anything. One whose weight only rounds to 0 counts: 0 * NaN is NaN.
         seen = lse != float("-inf")
         if sums_ptr is not None:
             total = total * factor + tl.sum(tl.where(seen, weights * sums, 0.0), 0)
-        else:
-            total = of_weights
         summed = tl.sum(tl.where(seen[:, None], weights[:, None] * part.to(tl.float32), 0.0), 0)
         values = values * tl.sum(factor, 0) + summed
     factor, lse = softmax.finish(maximum, total, UNIT)

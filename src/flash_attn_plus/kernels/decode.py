@@ -84,6 +84,7 @@ def decode_kernel(
     SHORTEST: tl.constexpr,
     ENTRIES: tl.constexpr,
     ALIKE: tl.constexpr,  # k and v have the same strides
+    SUMS: tl.constexpr,  # of a row's weights, which are added up at the end: threads need not meet for them before
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     EARLY: tl.constexpr,  # see early.py
@@ -127,7 +128,7 @@ def decode_kernel(
         q = tiles.load(q_ptrs, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
         part = splits.equal_part(slot, parts, layout, variant, BLOCK_N)
         values, maximum, total = _attend(
-            *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP),
+            *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP, SUMS),
             *(PAGE_SIZE, FAR, PAIRS, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, WIDE),
         )
         if parts_ptr is None:
@@ -144,7 +145,7 @@ def decode_kernel(
             of_sequence = tl.cast(index, tl.int64) * strides_q[0]
             q = tiles.load(q_ptrs + of_sequence, rows, rows_q * GROUP, HEAD_DIM, BLOCK_D, True)
             values, maximum, total = _attend(
-                *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP),
+                *(part, q, of, head_k, k_ptr, v_ptr, strides_k, strides_v, layout, variant, GROUP, SUMS),
                 *(PAGE_SIZE, FAR, PAIRS, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, WIDE),
             )
             if part.count == 1:
@@ -207,6 +208,7 @@ def _attend(
     layout,
     variant,
     GROUP: tl.constexpr,
+    SUMS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     FAR: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -232,6 +234,8 @@ def _attend(
     if variant.sink_ptr is not None:  # only the first part has it
         maximum = tl.where(part.number == 0, maximum, float("-inf"))
         total = tl.where(part.number == 0, total, 0.0)
+    # (BLOCK_M, SUMS): all that a row has before its first key is in one of them
+    sums = tl.where(tl.arange(0, SUMS)[None, :] == 0, total[:, None], 0.0)
     values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     pages = 0
     COUNT: tl.constexpr = 1 if PAGE_SIZE is None else tiles.pages_of_block(PAGE_SIZE, BLOCK_N)
@@ -246,6 +250,8 @@ def _attend(
         pages, second = tiles.pages_of(pages, layout), tiles.clamp_each(second, 0, None)
     for start in tl.range(part.begin, part.end, part.step):
         columns = start + tl.arange(0, BLOCK_N)
+        if PAGE_SIZE is not None:  # before the copies of keys, behind which it would wait
+            fourth = tiles.table_entries(start + 3 * part.step, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
         last = None if MASKED else part.end - 1 - start
         k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE, last)
         v_offsets = tiles.tile_offsets(strides_v, BLOCK_N, BLOCK_DV, WIDE, last)
@@ -255,7 +261,7 @@ def _attend(
             # Clamped on the way, one side in each turn: Triton starts no load early whose address was only passed on.
             pages = tiles.clamp_each(second, None, layout.num_pages - 1)
             second = tiles.clamp_each(third, 0, None)
-            third = tiles.table_entries(start + 3 * part.step, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
+            third = fourth
         # (BLOCK_N, BLOCK_D)
         k = tiles.load(k_ptrs, columns, part.end, HEAD_DIM, BLOCK_D, MASKED)
         # (BLOCK_M, BLOCK_N)
@@ -268,12 +274,13 @@ def _attend(
             products = tl.dot(q, k.T, input_precision=PRECISION)
         s = scores.scale_and_cap(products, variant, q.dtype == tl.float32)
         s = scores.scores(s, of.first, start, sequence, head, variant, None, True, BLOCK_M, BLOCK_N, WIDE, GROUP=GROUP)
-        weights, factor, maximum, total = softmax.update(s, variant.unit, maximum, total, True)
+        weights, factor, maximum = softmax.update(s, variant.unit, maximum, True)
+        sums = sums * factor[:, None] + tl.sum(tl.reshape(weights, [BLOCK_M, BLOCK_N // SUMS, SUMS]), 1)
         # (BLOCK_N, BLOCK_DV)
         v = tiles.load(v_ptrs, columns, part.end, HEAD_DIM_V, BLOCK_DV, MASKED)
         values = tiles.matmul_add(values * factor[:, None], weights.to(v.dtype), v, PRECISION)
 
-    return values, maximum, total
+    return values, maximum, tl.sum(sums, 1)
 
 
 @triton.jit
@@ -310,6 +317,16 @@ def _keep(values, maximum, total, of, row_ptr, HEAD_DIM_V: tl.constexpr, BLOCK_D
     tl.store(row_ptr + combine.sum_of_part(HEAD_DIM_V), total, mask=of.exist)
 
 
+def _sums(arch: str, tile: plan.DecodePlan, page_size: int | None, line: bool) -> int:
+    """Sums that a program keeps of each row's weights: one for every column of the matrix products that its warps do
+    side by side, so that a thread only adds up its own. But a line of many small pages is slower so (measured).
+    """
+    count = 1 if page_size is None else tiles.pages_of_block(page_size, tile.BLOCK_N)
+    if line and count is not None and count > 2:
+        return 1
+    return min((8 if arch.startswith("sm_") else 16) * tile.num_warps, tile.BLOCK_N)
+
+
 def prepare(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, variant: Variant, num_splits: int) -> Callable:
     """What computes ``decode`` for arguments of this signature."""
     if q.shape[1] <= plan.SHORT:
@@ -340,7 +357,8 @@ class Decode(Prepared):
         capacity, pages, page_size = arguments.room(k_cache, cache)
         self.paged = page_size is not None and capacity > 0
 
-        row = plan.decode(device.architecture(q.device), q.element_size(), max(head_dim, head_dim_v))
+        arch = device.architecture(q.device)
+        row = plan.decode(arch, q.element_size(), max(head_dim, head_dim_v))
         if any(dim * q.element_size() % 16 for dim in (head_dim, head_dim_v)):
             # Not copied straight into shared memory: it takes registers.
             row = plan.DecodeRow(*(tile._replace(BLOCK_N=min(tile.BLOCK_N, 32)) for tile in row))
@@ -403,12 +421,13 @@ class Decode(Prepared):
         without_tensors = not any(isinstance(x, Tensor) for x in variant)
         self.rest = (*self.head, *of_call) if without_tensors else None
         self.only_launches = not (self.copies or self.gathers)
+        paging = arguments.paging(k_cache, v_cache, cache.block_table if self.paged else None, chosen.BLOCK_N)
         self.launch = Launch(
             decode_kernel,
             slots * programs,
             constants={
                 "GROUP": group,
-                **arguments.paging(k_cache, v_cache, cache.block_table if self.paged else None, chosen.BLOCK_N),
+                **paging,
                 "HEAD_DIM": head_dim,
                 "HEAD_DIM_V": head_dim_v,
                 "BLOCK_M": block_m,
@@ -418,6 +437,7 @@ class Decode(Prepared):
                 "SHORTEST": chosen.shortest,
                 "ENTRIES": entries,
                 "ALIKE": strides[1] == strides[2],
+                "SUMS": _sums(arch, chosen, paging["PAGE_SIZE"], cut.parts is None),
                 "PRECISION": arguments.precision(q),
                 "WIDE": arguments.is_wide(variant, 0, *strides),
                 "EARLY": early.allowed(q.device),

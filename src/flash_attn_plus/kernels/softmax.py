@@ -34,8 +34,8 @@ def start(sink, unit, HAS_SINK: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def update(scores, unit, maximum, total, SAFE: tl.constexpr):
-    """Take in a block of scores (BLOCK_M, BLOCK_N): its weights, the factor of what was summed before, the new state.
+def update(scores, unit, maximum, SAFE: tl.constexpr):
+    """Take in a block of scores (BLOCK_M, BLOCK_N): its weights, the factor of what was summed before, the new maximum.
 
     SAFE where a row's scores may all be -inf: then 0 stands for the maximum, and the weights are 0 instead of NaN.
     """
@@ -52,9 +52,7 @@ def update(scores, unit, maximum, total, SAFE: tl.constexpr):
     else:
         exponents = (scores - shift[:, None]) * LOG2_E
         difference = (maximum - shift) * LOG2_E
-    weights = tl.math.exp2(exponents)
-    factor = tl.math.exp2(difference)
-    return weights, factor, new_maximum, total * factor + tl.sum(weights, 1)
+    return tl.math.exp2(exponents), tl.math.exp2(difference), new_maximum
 
 
 @triton.jit
