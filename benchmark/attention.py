@@ -188,9 +188,11 @@ def error_of(attempt: Attempt, results: Tensor | tuple[Tensor, ...], expected: l
 
 
 def poison(results: Tensor | tuple[Tensor, ...]) -> None:
-    """NaN in memory that the next call gets back for its results: rows that nothing writes do not pass as right."""
+    """NaN in memory that the next call gets back for its results: rows that nothing writes do not pass as right. The
+    largest number where they are integers.
+    """
     for x in results if isinstance(results, tuple) else (results,):
-        x.detach().fill_(torch.nan)
+        x.detach().fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
 
 
 def peak_memory(function: Callable) -> float | None:
