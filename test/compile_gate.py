@@ -155,6 +155,7 @@ def main(arch: str, direction: str, size: int, kind: str) -> None:
 
     def report(dim: int, name: str, tiles: NamedTuple | None, launch: Launch) -> None:
         row = {"itemsize": size, "dim": dim, "kind": kind, "pass": name, "plan": tiles}
+        row["constants"] = dict(zip(launch.function.arg_names[-len(launch.constants) :], launch.constants, strict=True))
         if arch.startswith("sm_"):
             row["again"] = given_again(launch)
         print(json.dumps({**row, **offline.measure(launch.compiled)._asdict()}), flush=True)

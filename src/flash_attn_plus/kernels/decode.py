@@ -250,7 +250,7 @@ def _attend(
         pages, second = tiles.pages_of(pages, layout), tiles.clamp_each(second, 0, None)
     for start in tl.range(part.begin, part.end, part.step):
         columns = start + tl.arange(0, BLOCK_N)
-        if PAGE_SIZE is not None:  # before the copies of keys, behind which it would wait
+        if PAGE_SIZE is not None and SUMS > 1:  # else ptxas leaves it behind the copies of keys, and waits for both
             fourth = tiles.table_entries(start + 3 * part.step, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
         last = None if MASKED else part.end - 1 - start
         k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE, last)
@@ -261,7 +261,10 @@ def _attend(
             # Clamped on the way, one side in each turn: Triton starts no load early whose address was only passed on.
             pages = tiles.clamp_each(second, None, layout.num_pages - 1)
             second = tiles.clamp_each(third, 0, None)
-            third = fourth
+            if SUMS > 1:
+                third = fourth
+            else:
+                third = tiles.table_entries(start + 3 * part.step, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
         # (BLOCK_N, BLOCK_D)
         k = tiles.load(k_ptrs, columns, part.end, HEAD_DIM, BLOCK_D, MASKED)
         # (BLOCK_M, BLOCK_N)
@@ -317,14 +320,16 @@ def _keep(values, maximum, total, of, row_ptr, HEAD_DIM_V: tl.constexpr, BLOCK_D
     tl.store(row_ptr + combine.sum_of_part(HEAD_DIM_V), total, mask=of.exist)
 
 
-def _sums(arch: str, tile: plan.DecodePlan, page_size: int | None, line: bool) -> int:
+def _sums(arch: str, block_m: int, tile: plan.DecodePlan, page_size: int | None, line: bool) -> int:
     """Sums that a program keeps of each row's weights: one for every column of the matrix products that its warps do
-    side by side, so that a thread only adds up its own. But a line of many small pages is slower so (measured).
+    side by side, so that a thread only adds up its own. But one alone where registers do not suffice (more than 32
+    rows, gfx1100), and where that was faster: blocks that lie in one page, and lines of many small pages.
     """
-    count = 1 if page_size is None else tiles.pages_of_block(page_size, tile.BLOCK_N)
-    if line and count is not None and count > 2:
+    count = tiles.pages_of_block(page_size, tile.BLOCK_N) if page_size is not None else None
+    many = count is not None and count > 2
+    if not arch.startswith("sm_") or block_m > 32 or count == 1 or (line and many):
         return 1
-    return min((8 if arch.startswith("sm_") else 16) * tile.num_warps, tile.BLOCK_N)
+    return min(8 * tile.num_warps, tile.BLOCK_N)
 
 
 def prepare(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, variant: Variant, num_splits: int) -> Callable:
@@ -437,7 +442,7 @@ class Decode(Prepared):
                 "SHORTEST": chosen.shortest,
                 "ENTRIES": entries,
                 "ALIKE": strides[1] == strides[2],
-                "SUMS": _sums(arch, chosen, paging["PAGE_SIZE"], cut.parts is None),
+                "SUMS": _sums(arch, block_m, chosen, paging["PAGE_SIZE"], cut.parts is None),
                 "PRECISION": arguments.precision(q),
                 "WIDE": arguments.is_wide(variant, 0, *strides),
                 "EARLY": early.allowed(q.device),
