@@ -1,8 +1,8 @@
-"""The least that decoding can take: kernels that read as many bytes, and do no more than add them up.
+"""What decoding is held against: kernels that read as many bytes, and do no more than add them up.
 
 As decoding does, they start before the kernel in front has ended and may ask for their first block then, each program
 reads a share, and a second kernel adds up what these came to. Which shape reads fastest depends on how much there is:
-all are timed, and the fastest is taken.
+all that fit are timed, and the fastest is taken.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Compiled(NamedTuple):
     serialized: bool  # ptxas gave up overlapping wgmma
     chained: bool  # a matrix product adds to the sum of another
     waits: bool | None = None  # for the kernel in front before it relies on memory; None: it never waits
-    barriers: int | None = None  # between the first and the last "mma": those of one turn, where it has one loop
+    barriers: int | None = None  # between the first and the last "mma": of a turn, but for those around its copies
 
 
 class _Launcher:

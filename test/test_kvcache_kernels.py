@@ -142,7 +142,7 @@ class TestLine:
         found, splits = [], plan.splits
         monkeypatch.setattr(plan, "splits", lambda *problem: found.append(splits(*problem)) or found[-1])
         block = 32 if slots == 5 else 16
-        tiles(DecodePlan(block, 4, 1, programs=slots * case.heads_k, shortest=32))
+        tiles(DecodePlan(block, 1 if slots == 2 else 4, 1, programs=slots * case.heads_k, shortest=32))
         dtype = DTYPES[drawn(case.name) % len(DTYPES)]
         check_decoding(case.decoding(device, dtype), case.name, interpreted)
         assert device != "cpu" or found == [(None, slots)]
@@ -233,6 +233,37 @@ class TestDecode:
         case = Case("tiles", (89, 0, 1, 64), capacity=96, page_size=page_size, num_splits=num_splits)
         case = replace(case, heads=2, heads_k=1, sink="bh", window=(70, -1))
         check_decoding(case.decoding(device, torch.float16), case.name, interpreted)
+
+    @pytest.mark.parametrize("chosen", [TILES[0], TILES[2]], ids=lambda chosen: str(chosen.BLOCK_N))
+    @pytest.mark.parametrize("num_splits", [1, 2])
+    @pytest.mark.parametrize("page_size", [0, 3, 8, 16, 32])
+    def test_parts_of_many_blocks(
+        self, page_size: int, num_splits: int, chosen: DecodePlan, device: str, tiles
+    ) -> None:
+        """More than the entries of the table are asked for ahead."""
+        tiles(chosen)
+        case = Case("blocks", (209, 0, 133, 17), capacity=224, page_size=page_size, num_splits=num_splits)
+        case = replace(case, heads=2, heads_k=1, sink="h")
+        check_decoding(case.decoding(device, torch.float16), case.name, interpreted)
+
+    @pytest.mark.parametrize(
+        "arch, rows, block_n, page_size, line, sums",
+        [
+            ("sm_90", 16, 128, None, False, 32),
+            ("sm_90", 32, 128, None, True, 32),
+            ("sm_120", 16, 16, None, False, 16),
+            ("sm_90", 64, 128, None, False, 1),
+            ("gfx942", 16, 64, None, False, 1),
+            ("npu_x", 16, 16, None, False, 1),
+            ("sm_90", 16, 128, 16, False, 32),
+            ("sm_90", 16, 128, 16, True, 1),
+            ("sm_90", 16, 128, 64, True, 32),
+            ("sm_90", 16, 128, 256, False, 1),
+            ("sm_90", 16, 128, 24, False, 1),
+        ],
+    )
+    def test_sums_that_are_kept(self, arch, rows, block_n, page_size, line, sums) -> None:
+        assert decode._sums(arch, rows, DecodePlan(block_n, 4, 3, 1, 128), page_size, line) == sums
 
     @pytest.mark.parametrize("page_size, seqlen_q", [(4, 1), (5, 1), (16, 1), (5, 70), (16, 70)])
     def test_one_result_however_entries_are_read(

@@ -84,7 +84,7 @@ def decode_kernel(
     SHORTEST: tl.constexpr,
     ENTRIES: tl.constexpr,
     ALIKE: tl.constexpr,  # k and v have the same strides
-    SUMS: tl.constexpr,  # of a row's weights, which are added up at the end: threads need not meet for them before
+    SUMS: tl.constexpr,  # of a row's weights: see softmax.in_sums
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     EARLY: tl.constexpr,  # see early.py
@@ -234,8 +234,7 @@ def _attend(
     if variant.sink_ptr is not None:  # only the first part has it
         maximum = tl.where(part.number == 0, maximum, float("-inf"))
         total = tl.where(part.number == 0, total, 0.0)
-    # (BLOCK_M, SUMS): all that a row has before its first key is in one of them
-    sums = tl.where(tl.arange(0, SUMS)[None, :] == 0, total[:, None], 0.0)
+    sums = softmax.in_sums(total, SUMS)
     values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     pages = 0
     COUNT: tl.constexpr = 1 if PAGE_SIZE is None else tiles.pages_of_block(PAGE_SIZE, BLOCK_N)
@@ -278,12 +277,12 @@ def _attend(
         s = scores.scale_and_cap(products, variant, q.dtype == tl.float32)
         s = scores.scores(s, of.first, start, sequence, head, variant, None, True, BLOCK_M, BLOCK_N, WIDE, GROUP=GROUP)
         weights, factor, maximum = softmax.update(s, variant.unit, maximum, True)
-        sums = sums * factor[:, None] + tl.sum(tl.reshape(weights, [BLOCK_M, BLOCK_N // SUMS, SUMS]), 1)
+        sums = softmax.add(sums, factor, weights, SUMS)
         # (BLOCK_N, BLOCK_DV)
         v = tiles.load(v_ptrs, columns, part.end, HEAD_DIM_V, BLOCK_DV, MASKED)
         values = tiles.matmul_add(values * factor[:, None], weights.to(v.dtype), v, PRECISION)
 
-    return values, maximum, tl.sum(sums, 1)
+    return values, maximum, softmax.total_of(sums, SUMS)
 
 
 @triton.jit
@@ -321,13 +320,16 @@ def _keep(values, maximum, total, of, row_ptr, HEAD_DIM_V: tl.constexpr, BLOCK_D
 
 
 def _sums(arch: str, block_m: int, tile: plan.DecodePlan, page_size: int | None, line: bool) -> int:
-    """Sums that a program keeps of each row's weights: one for every column of the matrix products that its warps do
-    side by side, so that a thread only adds up its own. But one alone where registers do not suffice (more than 32
-    rows, gfx1100), and where that was faster: blocks that lie in one page, and lines of many small pages.
+    """Sums that a program keeps of each row's weights: one for each of the columns that its warps' matrix products (of
+    16 bits, from Ampere on) have side by side, so that a thread only adds up its own. One alone where more do not fit:
+    beside more than 32 rows. Where that was faster: blocks that lie in one page, and lines of many small pages. And
+    where it is not known: other devices (a gfx1100 has too few registers), pages that blocks are no multiples of.
     """
-    count = tiles.pages_of_block(page_size, tile.BLOCK_N) if page_size is not None else None
-    many = count is not None and count > 2
-    if not arch.startswith("sm_") or block_m > 32 or count == 1 or (line and many):
+    if page_size is not None:
+        count = tiles.pages_of_block(page_size, tile.BLOCK_N)
+        if count is None or count == 1 or (line and count > 2):
+            return 1
+    if not arch.startswith("sm_") or block_m > 32:
         return 1
     return min(8 * tile.num_warps, tile.BLOCK_N)
 

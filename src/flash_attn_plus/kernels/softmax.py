@@ -56,6 +56,35 @@ def update(scores, unit, maximum, SAFE: tl.constexpr):
 
 
 @triton.jit
+def in_sums(total, SUMS: tl.constexpr):
+    """A row's sum as SUMS of them, which are added up at the end alone: where threads add up different ones, they need
+    not meet before. (BLOCK_M, SUMS) where there are several.
+    """
+    if SUMS == 1:
+        return total
+    else:
+        return tl.where(tl.arange(0, SUMS)[None, :] == 0, total[:, None], 0.0)
+
+
+@triton.jit
+def add(sums, factor, weights, SUMS: tl.constexpr):
+    """A block's ``weights`` to what was summed before, which takes their ``factor`` now."""
+    if SUMS == 1:
+        return sums * factor + tl.sum(weights, 1)
+    else:
+        groups: tl.constexpr = weights.shape[1] // SUMS
+        return sums * factor[:, None] + tl.sum(tl.reshape(weights, [weights.shape[0], groups, SUMS]), 1)
+
+
+@triton.jit
+def total_of(sums, SUMS: tl.constexpr):
+    if SUMS == 1:
+        return sums
+    else:
+        return tl.sum(sums, 1)
+
+
+@triton.jit
 def finish(maximum, total, unit):
     """(factor that normalises the sum of values, log-sum-exp): lse is -inf for rows that have seen nothing."""
     nothing = total == 0.0
