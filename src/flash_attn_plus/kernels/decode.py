@@ -249,7 +249,7 @@ def _attend(
         pages, second = tiles.pages_of(pages, layout), tiles.clamp_each(second, 0, None)
     for start in tl.range(part.begin, part.end, part.step):
         columns = start + tl.arange(0, BLOCK_N)
-        if PAGE_SIZE is not None and SUMS > 1:  # else ptxas leaves it behind the copies of keys, and waits for both
+        if PAGE_SIZE is not None and SUMS > 1:  # here: below, ptxas would put it behind the copies of keys
             fourth = tiles.table_entries(start + 3 * part.step, end, sequence, layout, PAGE_SIZE, PAIRS, BLOCK_N)
         last = None if MASKED else part.end - 1 - start
         k_offsets = tiles.tile_offsets(strides_k, BLOCK_N, BLOCK_D, WIDE, last)
