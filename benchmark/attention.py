@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import importlib.util
 import io
 import platform
@@ -223,17 +224,25 @@ def cpu_clock(function: Callable, seconds: float) -> float:
     return statistics.median(times)
 
 
-def in_turn(runs: dict[str, tuple[Call, Callable]], rounds: int, clock: Callable[[Callable], float]) -> dict:
+def in_turn(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Median of each over the rounds. Another begins each round: a hot chip would slow the same one down every time."""
-    times = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for turn in range(rounds):
         names = names[1:] + names[:1] if turn else names
         for name in names:
-            call, run = runs[name]
-            with call.select():
-                times[name].append(clock(run))
+            times[name].append(runs[name]())
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def clocks(runs: dict[str, tuple[Call, Callable]], clock: Callable[[Callable], float]) -> dict[str, Callable]:
+    """What times each, with the attention that it selects."""
+
+    def timed(call: Call, run: Callable) -> float:
+        with call.select():
+            return clock(run)
+
+    return {name: functools.partial(timed, *of) for name, of in runs.items()}
 
 
 def record(problem: str, what: str, name: str, **values: object) -> dict:
@@ -280,7 +289,7 @@ def measure(
             else:
                 values |= {"TFLOP/s": "wrong", "note": f"relative error {error:.1e}"}
             found[name] = record(problem.name, what, name, **values)
-        for name, seconds in in_turn(runs, rounds, clock).items():
+        for name, seconds in in_turn(clocks(runs, clock), rounds).items():
             found[name]["us"] = round(seconds * 1e6, 2)
             found[name]["TFLOP/s"] = float(f"{problem.flops(what) / seconds / 1e12:.4g}")
         records += found.values()
@@ -336,7 +345,7 @@ def host_times(peers: Iterable[Peer], device: str, batches: int, calls: int) -> 
             found[peer.name] = record(HOST_NAME, what, peer.name, error=f"{error:.1e}", **values)
             if not values:
                 runs[peer.name] = peer.dense, run
-        for name, seconds in in_turn(runs, batches, batch).items():
+        for name, seconds in in_turn(clocks(runs, batch), batches).items():
             found[name]["us"] = round(seconds * 1e6, 1)
         records += found.values()
     return records

@@ -1,10 +1,8 @@
-"""The device's own time of calls: in CUDA graphs, in turns."""
+"""The device's own time of calls, in CUDA graphs."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable
 
 import torch
 from attention import poison
@@ -56,14 +54,3 @@ class Captured:
 
     def error(self) -> float:
         return torch.tensor([self.case.error(i, out) for i, out in self.outs.items()]).max().item()
-
-
-def in_turn(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Median of each over the rounds. Another begins each round: a hot chip would slow the same one down every time."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(rounds):
-        names = names[1:] + names[:1] if turn else names
-        for name in names:
-            times[name].append(runs[name]())
-    return {name: statistics.median(values) for name, values in times.items()}

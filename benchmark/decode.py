@@ -45,8 +45,8 @@ from typing import Any, NamedTuple
 
 import reading
 import torch
-from attention import checkout, machine, markdown, poison, reason
-from captured import LAUNCHES, Captured, in_turn
+from attention import checkout, in_turn, machine, markdown, poison, reason
+from captured import LAUNCHES, Captured
 from decode_cases import (
     OPTIONS,
     PAGES,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_attn_plus import device
 from flash_attn_plus.kernels import early
 
 
@@ -77,8 +78,7 @@ def add_up_kernel(sums_ptr, out_ptr, count, PROGRAMS: tl.constexpr, EARLY: tl.co
 def add_up(k: Tensor, v: Tensor, shape: Shape) -> Tensor:
     """The sum of all words of k and v, contiguous and equally large: int32, as it wraps."""
     k, v = (x.view(-1).view(torch.int32) for x in (k, v))
-    processors = torch.cuda.get_device_properties(k.device).multi_processor_count
-    programs = min(shape.programs * processors, PROGRAMS, triton.cdiv(len(k), shape.block))
+    programs = min(shape.programs * device.processors(k.device), PROGRAMS, triton.cdiv(len(k), shape.block))
     sums, out = k.new_empty(programs), k.new_empty(())
     starts_early, options = early.allowed(k.device), early.options(k.device)
     constants = (shape.block, shape.stages, starts_early, shape.ahead and starts_early)

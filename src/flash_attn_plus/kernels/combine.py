@@ -126,7 +126,7 @@ def _combined(
         # (1, BLOCK_P): scores of one query, whose values are the parts
         weights, factor, maximum = softmax.update(lse[None, :], UNIT, maximum, True)
         if sums_ptr is None:
-            total = total * factor + tl.sum(weights, 1)
+            total = softmax.add(total, factor, weights)
         weights = tl.reshape(weights, [BLOCK_P])
         # A part that saw nothing may hold anything. One whose weight only rounds to 0 counts: 0 * NaN is NaN.
         seen = lse != float("-inf")

@@ -320,10 +320,10 @@ def _keep(values, maximum, total, of, row_ptr, HEAD_DIM_V: tl.constexpr, BLOCK_D
 
 
 def _sums(arch: str, block_m: int, tile: plan.DecodePlan, page_size: int | None, line: bool) -> int:
-    """Sums that a program keeps of each row's weights: one for each of the columns that its warps' matrix products (of
-    16 bits, from Ampere on) have side by side, so that a thread only adds up its own. One alone where more do not fit:
-    beside more than 32 rows. Where that was faster: blocks that lie in one page, and lines of many small pages. And
-    where it is not known: other devices (a gfx1100 has too few registers), pages that blocks are no multiples of.
+    """Sums that a program keeps of each row's weights. Its warps compute so many columns of a product side by side (of
+    16 bits, from Ampere on): with a sum for each, a thread only adds up its own. Beside more than 32 rows these do not
+    fit. One sum was faster for blocks that lie in one page, and on lines of many small pages; and there is one where
+    nothing was measured: on other devices, and in pages that blocks are no multiples of.
     """
     if page_size is not None:
         count = tiles.pages_of_block(page_size, tile.BLOCK_N)

@@ -105,7 +105,7 @@ def forward_kernel(
                 s = scores.scale_and_cap(products, variant, q.dtype == tl.float32)
                 s = scores.scores(s, first_row, start, sequence, head, variant, bias, part != 1, BLOCK_M, BLOCK_N, WIDE)
                 weights, factor, maximum = softmax.update(s, variant.unit, maximum, part != 1 or bias is not None)
-                total = total * factor + tl.sum(weights, 1)
+                total = softmax.add(total, factor, weights)
                 if variant.dropout_threshold is not None:
                     weights = tl.where(scores.keep(first_row, start, head, variant, BLOCK_M, BLOCK_N), weights, 0.0)
                 # (BLOCK_N, BLOCK_DV)

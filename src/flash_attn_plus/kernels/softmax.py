@@ -67,7 +67,7 @@ def in_sums(total, SUMS: tl.constexpr):
 
 
 @triton.jit
-def add(sums, factor, weights, SUMS: tl.constexpr):
+def add(sums, factor, weights, SUMS: tl.constexpr = 1):
     """A block's ``weights`` to what was summed before, which takes their ``factor`` now."""
     if SUMS == 1:
         return sums * factor + tl.sum(weights, 1)
